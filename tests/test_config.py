@@ -1,0 +1,119 @@
+"""Options: defaults, forms of the values, and the course of the weight."""
+
+import math
+
+import pytest
+
+from yolo_cwd.config import OPTIONS, ConfigError, Settings, check_names, level_name, split_options, with_suffix
+
+
+def settings(**options: object) -> Settings:
+    return Settings.parse({"teacher": "yolov8l", **options})
+
+
+def test_every_option_has_a_meaning_and_a_valid_default() -> None:
+    assert all(option.meaning for option in OPTIONS.values())
+    assert settings().cwd == OPTIONS["cwd"].default
+
+
+@pytest.mark.parametrize(
+    ("given", "strides"),
+    [
+        pytest.param("all", None, id="all"),
+        pytest.param("P3,P4", (8, 16), id="names"),
+        pytest.param("p5", (32,), id="one name"),
+        pytest.param("32,8", (8, 32), id="strides as text"),
+        pytest.param(16, (16,), id="one stride"),
+        pytest.param((8, 16), (8, 16), id="strides as the command line reads 8,16"),
+        pytest.param(["P6", 4], (4, 64), id="list of both"),
+    ],
+)
+def test_levels(given: object, strides: tuple[int, ...] | None) -> None:
+    assert settings(levels=given).levels == strides
+
+
+@pytest.mark.parametrize("given", ["P1", "P9", "", "P3;P4", 7, 3.5, True, None, [], ["P3", "x"], {"P3": 1}])
+def test_levels_that_do_not_exist(given: object) -> None:
+    with pytest.raises(ConfigError, match="levels="):
+        settings(levels=given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tau", 0),
+        ("tau", -1),
+        ("tau", math.nan),
+        ("tau", math.inf),
+        ("tau", "2"),
+        ("tau", True),
+        ("tau", None),
+        ("cwd", -0.1),
+        ("cwd", math.nan),
+        ("cwd", [1]),
+        ("cwd_final", 1.5),
+        ("cwd_warmup", -1),
+        ("level_weights", (1, -1)),
+        ("level_weights", []),
+        ("level_weights", "high"),
+        ("schedule", "cosin"),
+        ("schedule", 1),
+        ("normalize", "yes"),
+        ("normalize", 1),
+        ("adapter", None),
+        ("adapter", "mlp"),
+        ("teacher", None),
+        ("teacher", ""),
+        ("teacher", 8),
+    ],
+)
+def test_refused_values_are_named_in_one_line(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name}") as error:
+        settings(**{name: value})
+    assert "\n" not in str(error.value)
+
+
+def test_constant_weight() -> None:
+    assert [settings(cwd=4).weight(epoch, 3) for epoch in range(3)] == [4, 4, 4]
+
+
+def test_linear_weight() -> None:
+    weights = [settings(cwd=4, schedule="linear", cwd_final=0.5).weight(epoch, 5) for epoch in range(5)]
+    assert weights == pytest.approx([4, 3.5, 3, 2.5, 2])
+
+
+def test_cosine_weight() -> None:
+    weights = [settings(cwd=2, schedule="cosine", cwd_final=0.0).weight(epoch, 5) for epoch in range(5)]
+    assert weights == pytest.approx([2, 1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5), 0], abs=1e-12)
+
+
+def test_weight_rises_during_warmup() -> None:
+    assert [settings(cwd=4, cwd_warmup=3).weight(epoch, 9) for epoch in range(5)] == [1, 2, 3, 4, 4]
+
+
+def test_weight_of_a_single_epoch() -> None:
+    assert settings(cwd=4, schedule="cosine").weight(0, 1) == 4
+
+
+def test_level_weights() -> None:
+    names = ["P3", "P4", "P5"]
+    assert settings(level_weights=2).weights_of(names) == [2, 2, 2]
+    assert settings(level_weights=(3, 2, 1)).weights_of(names) == [3, 2, 1]
+    with pytest.raises(ConfigError, match=r"level_weights=1\.0,2\.0: 2 weights for the 3 distilled levels P3, P4, P5"):
+        settings(level_weights=(1, 2)).weights_of(names)
+
+
+def test_names() -> None:
+    assert [level_name(stride) for stride in (4, 8, 16, 32, 64)] == ["P2", "P3", "P4", "P5", "P6"]
+    assert with_suffix("yolov8l") == "yolov8l.pt"
+    assert with_suffix("my/yolo11n.yaml") == "my/yolo11n.yaml"
+    assert split_options({"tau": 2, "epochs": 3}) == ({"tau": 2}, {"epochs": 3})
+
+
+def test_unknown_names_are_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"^tua=2: unknown argument; did you mean tau\?"):
+        check_names({"tua": 2}, {"epochs"})
+    with pytest.raises(ConfigError, match=r"^epoch=2: unknown argument; did you mean epochs\?"):
+        check_names({"epoch": 2}, {"epochs"})
+    with pytest.raises(ConfigError, match="yolo_cwd settings"):
+        check_names({"qqqq": 2}, {"epochs"})

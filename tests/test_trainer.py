@@ -1,0 +1,317 @@
+"""What distillation does and what it leaves alone, in real short trainings."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import DetectionModel
+
+from yolo_cwd import ConfigError, CWDLoss, CWDTrainer
+from yolo_cwd.fpn import load_teacher, student_features
+
+Train = Callable[..., CWDTrainer]
+TERMS = ["P3_loss", "P4_loss", "P5_loss", "cwd_loss"]
+
+
+def rows(trainer: DetectionTrainer) -> list[dict[str, float]]:
+    with trainer.csv.open() as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def snapshot(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [v.detach().clone() for v in values]
+
+
+def test_without_weight_it_is_ultralytics_bit_for_bit(train: Train, train_plain: Callable[..., Any]) -> None:
+    arguments = {"epochs": 2, "val": True, "warmup_epochs": 1, "lr0": 0.01, "seed": 3}
+    plain = train_plain(**arguments)
+    ours = train(cwd=0.0, **arguments)
+    for expected, got in zip(rows(plain), rows(ours), strict=True):
+        assert all(got[name] == value for name, value in expected.items() if name != "time")
+        assert all(got[f"train/{term}"] == 0 for term in TERMS)
+    for model in ("model", "ema.ema"):
+        expected, got = (dict(_get(trainer, model).state_dict()) for trainer in (plain, ours))
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[k], got[k]) for k in expected)
+
+
+def _get(trainer: Any, path: str) -> nn.Module:
+    for name in path.split("."):
+        trainer = getattr(trainer, name)
+    return trainer
+
+
+def test_the_student_moves_to_the_teachers_maps(train: Train, checkpoints: Path, data: str) -> None:
+    """Same architecture and no adapter, so that the distance is between the very maps."""
+    teacher = load_teacher(checkpoints / "small.pt")
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+    def distance(cwd: float) -> float:
+        trainer = train(teacher=str(checkpoints / "small.pt"), adapter="identity", cwd=cwd, epochs=4, seed=5)
+        student = trainer.model.train()
+        criterion = CWDLoss(None, teacher, trainer.adapters, trainer.levels)
+        with torch.no_grad():
+            return sum(x.item() for x in criterion.divergences(student_features(student(images)), images))
+
+    alone, taught = distance(0.0), distance(50.0)
+    assert taught < 0.7 * alone
+
+
+def test_adapters_learn_and_the_teacher_does_not(train: Train) -> None:
+    before: dict[str, list[torch.Tensor]] = {}
+
+    def remember(trainer: CWDTrainer) -> None:
+        before["adapters"] = snapshot(list(trainer.adapters.parameters()))
+        before["teacher"] = snapshot(list(trainer.teacher.state_dict().values()))
+
+    trainer = train(callbacks={"on_train_start": remember})
+    assert [tuple(p.shape) for p in trainer.adapters.parameters()] == [
+        (128, 64, 1, 1),
+        (256, 128, 1, 1),
+        (512, 256, 1, 1),
+    ]
+    assert not any(torch.equal(a, b) for a, b in zip(before["adapters"], trainer.adapters.parameters(), strict=True))
+    after = trainer.teacher.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(before["teacher"], after, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "MuSGD", "auto"])
+def test_adapters_follow_warmup_and_schedule(train: Train, optimizer: str) -> None:
+    rates: list[tuple[float, float]] = []
+
+    def note(trainer: CWDTrainer) -> None:
+        plain = [g["lr"] for g in trainer.optimizer.param_groups[:-1] if g["param_group"] == "weight"]
+        rates.append((trainer.optimizer.param_groups[-1]["lr"], min(plain)))
+        assert trainer.optimizer.param_groups[-1]["params"] == list(trainer.adapters.parameters())
+
+    trainer = train(optimizer=optimizer, epochs=3, warmup_epochs=1, callbacks={"on_train_batch_end": note})
+    assert rates[0][0] < rates[2][0] > rates[-1][0] > 0  # rises in warm-up, falls with the schedule
+    assert all(ours == theirs for ours, theirs in rates)
+    assert 0 < rows(trainer)[-1]["train/cwd_loss"] < rows(trainer)[0]["train/cwd_loss"]
+
+
+def test_terms_are_columns_of_training_only(train: Train) -> None:
+    trainer = train(epochs=2, val=True, plots=True)
+    names = list(rows(trainer)[0])
+    assert [f"train/{term}" for term in TERMS] == names[5:9]
+    assert not [name for name in names if name.startswith("val/") and name.removeprefix("val/") in TERMS]
+    for row in rows(trainer):
+        levels = [row[f"train/{term}"] for term in TERMS[:3]]
+        assert min(levels) > 0
+        assert row["train/cwd_loss"] == pytest.approx(sum(levels), rel=1e-3)
+    assert all(f"{term:>11}" in trainer.progress_string() for term in TERMS)
+    assert (trainer.save_dir / "results.png").stat().st_size > 10_000
+
+
+def test_settings_are_written_beside_the_arguments(train: Train) -> None:
+    trainer = train(tau=2.0, levels="P4,P5", level_weights=(1, 0.5), schedule="cosine")
+    written = yaml.safe_load((trainer.save_dir / "cwd.yaml").read_text())
+    assert written["teacher"] == "yolov8s.yaml"
+    assert (written["tau"], written["levels"], written["level_weights"]) == (2.0, [16, 32], [1.0, 0.5])
+    assert list(rows(trainer)[0])[5:8] == ["train/P4_loss", "train/P5_loss", "train/cwd_loss"]
+    assert not {"teacher", "tau", "levels"} & yaml.safe_load((trainer.save_dir / "args.yaml").read_text()).keys()
+
+
+def test_the_weight_follows_its_schedule(train: Train) -> None:
+    weights: list[float] = []
+    trainer = train(
+        cwd=8.0,
+        schedule="linear",
+        cwd_final=0.0,
+        epochs=3,
+        callbacks={"on_train_epoch_end": lambda trainer: weights.append(trainer.criterion.weight)},
+    )
+    assert weights == [8.0, 4.0, 0.0]
+    assert rows(trainer)[-1]["train/cwd_loss"] == 0
+
+
+def test_normalized_maps_do_not_depend_on_the_teachers_scale(train: Train, checkpoints: Path) -> None:
+    model = YOLO(checkpoints / "small.pt").model
+    first = rows(train(teacher=model, normalize=True, seed=1))[0]["train/cwd_loss"]
+    for layer in (
+        15,
+        18,
+        21,
+    ):  # the neck's outputs, scaled a hundredfold by their last BatchNorm is not linear in SiLU,
+        model.model[layer] = nn.Sequential(model.model[layer], _Times(100.0))  # so by a layer behind it
+        model.model[layer].f, model.model[layer].i = model.model[layer][0].f, model.model[layer][0].i
+        model.model[layer].type = "scaled"
+    second = rows(train(teacher=model, normalize=True, seed=1))[0]["train/cwd_loss"]
+    assert second != first  # P3 and P4 feed the levels above them
+    assert second < 10 * first
+
+
+class _Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+def test_checkpoints_are_plain_at_every_moment(train: Train, train_plain: Callable[..., Any]) -> None:
+    def sizes(trainer: Any) -> None:
+        trainer.noted = [*getattr(trainer, "noted", []), trainer.last.stat().st_size]
+
+    ours = train(epochs=2, save_period=1, val=True, callbacks={"on_model_save": sizes})
+    plain = train_plain(epochs=2, save_period=1, val=True)
+    reference = torch.load(plain.wdir / "epoch1.pt", weights_only=False)
+    for name in ("epoch0.pt", "epoch1.pt", "last.pt", "best.pt"):
+        file, expected = ours.wdir / name, plain.wdir / name
+        assert file.stat().st_size == pytest.approx(expected.stat().st_size, rel=0.01)
+        checkpoint = torch.load(file, weights_only=False)
+        model = checkpoint.get("ema") or checkpoint["model"]
+        assert type(model) is DetectionModel
+        assert model.state_dict().keys() == reference["ema"].state_dict().keys()
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert getattr(model, "criterion", None) is None
+    optimizer = torch.load(ours.wdir / "epoch1.pt", weights_only=False)["optimizer"]
+    assert [len(g["params"]) for g in optimizer["param_groups"]] == [
+        len(g["params"]) for g in reference["optimizer"]["param_groups"]
+    ]
+    assert ours.noted[0] == pytest.approx((plain.wdir / "epoch0.pt").stat().st_size, rel=0.01)
+    assert len(ours.optimizer.param_groups) == len(reference["optimizer"]["param_groups"]) + 1
+
+
+def test_plain_ultralytics_resumes_a_distilled_run(train: Train, data: str) -> None:
+    ours = train(epochs=3, save_period=1)
+    plain = DetectionTrainer(overrides={"resume": str(ours.wdir / "epoch1.pt"), "data": data})
+    plain.train()
+    assert plain.start_epoch == 2
+    assert type(plain.model) is DetectionModel
+
+
+def test_recovery_from_a_nan_loss(train: Train) -> None:
+    """Ultralytics reloads last.pt; the adapters' state stays in the optimizer, the teacher stays out of the EMA."""
+
+    def poison(trainer: CWDTrainer) -> None:
+        if trainer.epoch == 1 and not trainer.nan_recovery_attempts:
+            trainer.loss = torch.tensor(float("nan"))
+
+    trainer = train(epochs=3, callbacks={"on_train_epoch_end": poison})
+    assert [row["epoch"] for row in rows(trainer)] == [1, 2, 3]
+    assert not isinstance(getattr(trainer.ema.ema, "criterion", None), CWDLoss)
+    assert trainer.optimizer.param_groups[-1]["params"] == list(trainer.adapters.parameters())
+    assert all(p in trainer.optimizer.state for p in trainer.adapters.parameters())
+
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], Callable[[CWDTrainer], bool]]] = {
+    "batch": ({"batch": 2}, lambda t: len(t.train_loader) == 4),
+    "amp": ({"amp": "bf16"}, lambda t: t.amp),
+    "multi_scale": ({"multi_scale": 0.5}, lambda t: t.args.multi_scale == 0.5),
+    "rect": ({"rect": True}, lambda t: t.train_loader.dataset.rect),
+    "freeze": ({"freeze": 5}, lambda t: not next(t.model.model[4].parameters()).requires_grad),
+    "nbs": ({"nbs": 8}, lambda t: t.accumulate == 2),
+    "single_cls": ({"single_cls": True}, lambda t: t.model.nc == 1),
+    "close_mosaic": ({"epochs": 2, "close_mosaic": 1}, lambda t: not t.train_loader.dataset.mosaic),
+    "fraction": ({"fraction": 0.5}, lambda t: len(t.train_loader.dataset) == 4),
+    "cache": ({"cache": "ram"}, lambda t: t.train_loader.dataset.cache == "ram"),
+    "time": ({"time": 0.0005, "epochs": 50}, lambda t: 0 < t.epoch + 1 < 50),
+    "patience": ({"patience": 1, "epochs": 9, "val": True, "lr0": 1e-9}, lambda t: t.epoch + 1 < 9),
+    "save_period": ({"save_period": 1}, lambda t: (t.wdir / "epoch0.pt").exists()),
+    "val": ({"val": True}, lambda t: t.metrics["val/box_loss"] > 0),
+    "plots": ({"plots": True}, lambda t: (t.save_dir / "train_batch0.jpg").exists()),
+    "cos_lr": ({"cos_lr": True, "epochs": 2}, lambda t: t.args.cos_lr),
+    "cls_pw": ({"cls_pw": 0.5}, lambda t: t.criterion.class_weights is not None),
+    "no_adapter_group": (
+        {"teacher": "yolov8n.yaml", "adapter": "identity"},
+        lambda t: not list(t.adapters.parameters()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_ultralytics_arguments_work_with_distillation(train: Train, name: str) -> None:
+    arguments, holds = ARGUMENTS[name]
+    trainer = train(**arguments)
+    assert holds(trainer)
+    assert all(0 < row[f"train/{term}"] < 1e3 for row in rows(trainer) for term in TERMS)
+
+
+@pytest.mark.slow()
+def test_compile(train: Train) -> None:
+    trainer = train(compile=True)
+    assert trainer.model is not unwrapped(trainer)
+    assert rows(trainer)[0]["train/cwd_loss"] > 0
+
+
+def unwrapped(trainer: CWDTrainer) -> nn.Module:
+    return trainer.model._orig_mod
+
+
+FAMILIES = [
+    "yolov3-tiny.yaml",
+    "yolov3.yaml",
+    "yolov5n.yaml",
+    "yolov5n-p6.yaml",
+    "yolov6n.yaml",
+    "yolov8n.yaml",
+    "yolov8n-p2.yaml",
+    "yolov8n-p6.yaml",
+    "yolov9t.yaml",
+    "yolov10n.yaml",
+    "yolo11n.yaml",
+    "yolo12n.yaml",
+    "yolo26n.yaml",
+    "yolo26n-p2.yaml",
+    "yolo26n-p6.yaml",
+]
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_in_both_roles(train: Train, name: str, role: str) -> None:
+    pair = {"model": name, "teacher": "yolov8n.yaml"} if role == "student" else {"teacher": name}
+    steps: list[dict[str, torch.Tensor]] = []
+    trainer = train(**pair, callbacks={"on_train_batch_end": lambda trainer: steps.append(trainer.loss_items)})
+    expected = ["P4_loss", "P5_loss"] if name == "yolov3-tiny.yaml" else ["P3_loss", "P4_loss", "P5_loss"]
+    assert len(steps) == 2
+    for items in steps:
+        assert [k for k in items if k.startswith("P")] == expected
+        assert all(0 < items[k].item() < 1e3 for k in expected)
+    assert type(torch.load(trainer.last, weights_only=False)["model"]) is DetectionModel
+
+
+def test_python_api_of_ultralytics(data: str, tmp_path: Path, checkpoints: Path) -> None:
+    teacher = YOLO(checkpoints / "small.pt")
+    head = teacher.model.model[-1]
+    model = YOLO("yolov8n.yaml")
+    arguments = {"imgsz": 64, "batch": 4, "epochs": 1, "plots": False, "project": str(tmp_path), "verbose": False}
+    model.train(trainer=CWDTrainer, teacher=teacher, data=data, cwd=3.0, **arguments)
+    assert rows(model.trainer)[0]["train/cwd_loss"] > 0
+    assert teacher.model.model[-1] is head
+    assert type(model.model) is DetectionModel
+    model.train(data=data, **arguments)  # the same object trains on without a teacher
+    assert type(model.trainer) is not CWDTrainer
+
+
+def test_options_in_a_configuration_file(data: str, tmp_path: Path, train: Train) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text(yaml.safe_dump({"teacher": "yolov8s.yaml", "tau": 3.0, "imgsz": 64, "data": data}))
+    trainer = CWDTrainer(cfg=str(file), overrides={"student": "yolov8n.yaml", "tau": 2.0, "project": str(tmp_path)})
+    assert (trainer.cwd.tau, trainer.args.imgsz, str(trainer.args.model)) == (2.0, 64, "yolov8n.yaml")
+
+
+def test_a_training_that_cannot_start_leaves_no_folder(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="level_weights"):
+        train(level_weights=(1, 2))
+    with pytest.raises(RuntimeError, match="froze the entire model"):
+        train(freeze=100)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_was_there_before_stays(train: Train, tmp_path: Path) -> None:
+    kept = tmp_path / "runs" / "mine" / "notes.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("keep")
+    with pytest.raises(ConfigError, match="level_weights"):
+        train(name="mine", exist_ok=True, level_weights=(1, 2))
+    assert kept.read_text() == "keep"

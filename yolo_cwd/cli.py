@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The command `yolo_cwd`: it reads key=value arguments as `yolo` does, and delegates."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from yolo_cwd import __version__
+from yolo_cwd.config import OPTIONS, ConfigError
+
+HELP = """\
+yolo_cwd: a small YOLO detector learns from a larger one while it trains (channel-wise distillation)
+
+  yolo_cwd train teacher=yolov8l student=yolov8n data=coco8.yaml epochs=100 imgsz=640
+                       train the student; all arguments of 'yolo train' work as there
+  yolo_cwd demo        teacher, plain and distilled student on handwritten digits, in minutes on a CPU
+  yolo_cwd settings    the options of distillation, their defaults and meaning
+  yolo_cwd help train  more about training
+  yolo_cwd version     the version
+
+The trained student is a plain Ultralytics model: go on with 'yolo val', 'yolo predict' and 'yolo export'."""
+
+HELP_TRAIN = """\
+yolo_cwd train teacher=MODEL student=MODEL data=DATA [option=value ...] [argument=value ...]
+
+  MODEL     a name (yolov8n: the checkpoint yolov8n.pt, downloaded where Ultralytics knows it), the path of a .pt
+            checkpoint, or a .yaml model; teacher and student may be of different families
+  DATA      the YAML file of a data set, or 'digits' for the handwritten digits that come with yolo_cwd
+  option    an option of distillation: see 'yolo_cwd settings'
+  argument  any training argument of Ultralytics: see 'yolo cfg'; cfg=file.yaml reads both kinds from a file
+
+Examples:
+  yolo_cwd train teacher=yolov8l student=yolov8n data=coco8.yaml epochs=100 imgsz=640
+  yolo_cwd train teacher=runs/detect/train/weights/best.pt student=yolo11n.yaml data=my.yaml cwd=5 levels=P4,P5
+
+Results go to runs/detect/train*: weights/best.pt is the student, results.csv has a column for each distilled level."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, 2 for input that cannot be used, 130 after an interrupt.
+    """
+    words = [word.lstrip("-") for word in (sys.argv[1:] if argv is None else argv)]
+    command, rest = (words[0], words[1:]) if words else ("help", [])
+    commands = {"train": train, "demo": demo, "settings": settings, "help": help_, "h": help_, "version": version}
+    try:
+        if command == "detect" and rest[:1] == ["train"]:  # as 'yolo detect train'
+            command, rest = rest[0], rest[1:]
+        if command not in commands:
+            raise ConfigError(f"{command}: unknown command; give one of train, demo, settings, help, version")
+        commands[command](rest)
+    except ConfigError as error:
+        print(f"yolo_cwd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("yolo_cwd: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def help_(words: list[str]) -> None:
+    """Print the help."""
+    print(HELP_TRAIN if words[:1] == ["train"] else HELP)
+
+
+def version(words: list[str]) -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def settings(words: list[str]) -> None:
+    """Print the options of distillation: name, default, meaning."""
+    shown = {name: "" if option.default is None else str(option.default).lower() for name, option in OPTIONS.items()}
+    widths = max(map(len, shown)), max(map(len, shown.values()))
+    for name, option in OPTIONS.items():
+        print(f"{name:{widths[0]}}  {shown[name]:{widths[1]}}  {option.meaning}")
+
+
+def demo(words: list[str]) -> None:
+    """Train and compare the three models of the demonstration."""
+    if words:
+        raise ConfigError(f"{words[0]}: 'yolo_cwd demo' takes no arguments; use 'yolo_cwd train data=digits' for more")
+    from yolo_cwd.demo import run
+
+    run()
+
+
+def train(words: list[str]) -> None:
+    """Train a student under a teacher."""
+    overrides = parse(words)
+    from yolo_cwd.fpn import first_line
+    from yolo_cwd.trainer import CWDTrainer
+
+    trainer = None
+    try:
+        trainer = CWDTrainer(overrides=overrides)
+        trainer.train()
+    except ConfigError:
+        raise
+    except Exception as error:
+        if trainer is not None and trainer.criterion is not None:  # the training had begun: a fault, not bad input
+            raise
+        raise ConfigError(first_line(error)) from error
+
+
+def parse(words: list[str]) -> dict[str, Any]:
+    """Return the arguments of `key=value` words, with a file named by `cfg` read in below them.
+
+    Raises:
+        ConfigError: If a word is no argument, or the file cannot be read.
+    """
+    from ultralytics.cfg import DEFAULT_CFG_DICT, merge_equals_args, parse_key_value_pair
+    from ultralytics.utils import YAML
+    from ultralytics.utils.checks import check_yaml
+
+    given: dict[str, Any] = {}
+    for word in merge_equals_args(words):
+        if "=" in word:
+            try:
+                key, value = parse_key_value_pair(word.rstrip(","))
+            except (AssertionError, ValueError, SyntaxError) as error:
+                raise ConfigError(f"{word}: has no value; write it as key=value") from error
+            given[key] = value
+        elif isinstance(OPTIONS[word].default if word in OPTIONS else DEFAULT_CFG_DICT.get(word), bool):
+            given[word] = True  # a bare switch, as 'yolo train cos_lr' has it
+        else:
+            raise ConfigError(f"{word}: not of the form key=value; 'yolo_cwd help train' shows examples")
+    file = given.pop("cfg", None)
+    if not file:
+        return given
+    try:
+        return {**YAML.load(check_yaml(file)), **given}
+    except Exception as error:
+        raise ConfigError(f"cfg={file}: cannot be read; give the path of a YAML file of arguments") from error

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The options of channel-wise distillation: their defaults, their meaning and their checks.
+
+Nothing here imports torch, so that the command answers `help` and `settings` at once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+SCHEDULES = ("constant", "linear", "cosine")
+ADAPTERS = ("conv", "identity")
+
+
+class ConfigError(ValueError):
+    """Input that cannot be used; its message is one line that names the argument, the value and the remedy."""
+
+
+class Option(NamedTuple):
+    """One line of `cfg/default.yaml`."""
+
+    name: str
+    default: Any
+    meaning: str
+
+
+def _default_file() -> Path:
+    package = Path(__file__).parent
+    packed = package / "cfg" / "default.yaml"  # a wheel carries cfg/ inside the package, a checkout beside it
+    return packed if packed.exists() else package.parent / "cfg" / "default.yaml"
+
+
+def _read_options() -> dict[str, Option]:
+    text = _default_file().read_text(encoding="utf-8")
+    meanings = dict(re.findall(r"^(\w+):.*? # (.*)$", text, flags=re.MULTILINE))
+    return {name: Option(name, default, meanings[name]) for name, default in yaml.safe_load(text).items()}
+
+
+OPTIONS = _read_options()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked options of one training; `cfg/default.yaml` holds the meaning and the default of each.
+
+    Attributes:
+        teacher: Path of the model to learn from, with its suffix, or the model itself.
+        cwd: Overall weight, at least 0.
+        tau: Temperature of the softmax, above 0.
+        levels: Strides to distil, ascending, or None for every level that teacher and student share.
+        level_weights: One weight for all levels, or one for each of them, finest first; each at least 0.
+        schedule: One of `SCHEDULES`.
+        cwd_final: Fraction of `cwd` left in the last epoch of a falling schedule, 0 to 1.
+        cwd_warmup: Epochs of linear rise, at least 0.
+        normalize: Whether both sides are standardized per channel before the softmax.
+        adapter: One of `ADAPTERS`.
+    """
+
+    teacher: Any
+    cwd: float
+    tau: float
+    levels: tuple[int, ...] | None
+    level_weights: tuple[float, ...]
+    schedule: str
+    cwd_final: float
+    cwd_warmup: float
+    normalize: bool
+    adapter: str
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Settings:
+        """Check the given options and fill in the defaults of the others.
+
+        Args:
+            given: Options by name, with values as Python or the command line give them.
+
+        Raises:
+            ConfigError: If a value is missing, of the wrong type or out of range.
+        """
+        value = {name: given.get(name, option.default) for name, option in OPTIONS.items()}
+        return cls(
+            teacher=_teacher(value["teacher"]),
+            cwd=_number("cwd", value["cwd"]),
+            tau=_number("tau", value["tau"], zero=False),
+            levels=_levels(value["levels"]),
+            level_weights=_level_weights(value["level_weights"]),
+            schedule=_choice("schedule", value["schedule"], SCHEDULES),
+            cwd_final=_number("cwd_final", value["cwd_final"], most=1),
+            cwd_warmup=_number("cwd_warmup", value["cwd_warmup"]),
+            normalize=_choice("normalize", value["normalize"], (True, False)),
+            adapter=_choice("adapter", value["adapter"], ADAPTERS),
+        )
+
+    def weight(self, epoch: int, epochs: int) -> float:
+        """Return the overall weight in an epoch (counted from 0) of a training of `epochs` epochs."""
+        progress = min(epoch / max(epochs - 1, 1), 1.0)
+        fallen = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[self.schedule]
+        risen = min((epoch + 1) / (self.cwd_warmup + 1), 1.0)
+        return self.cwd * risen * (1 - fallen * (1 - self.cwd_final))
+
+    def weights_of(self, names: list[str]) -> list[float]:
+        """Return one weight for each of the named levels.
+
+        Raises:
+            ConfigError: If `level_weights` is neither one number nor as many as there are levels.
+        """
+        weights = list(self.level_weights)
+        if len(weights) == 1:
+            return weights * len(names)
+        if len(weights) != len(names):
+            raise ConfigError(
+                f"level_weights={','.join(map(str, weights))}: {len(weights)} weights for the {len(names)} distilled "
+                f"levels {', '.join(names)}; give one number, or one for each level"
+            )
+        return weights
+
+
+def split_options(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return our options and the other arguments, which are Ultralytics', of a mixed set."""
+    ours = {name: value for name, value in arguments.items() if name in OPTIONS}
+    return ours, {name: value for name, value in arguments.items() if name not in OPTIONS}
+
+
+def check_names(arguments: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse arguments that neither we nor Ultralytics know.
+
+    Args:
+        arguments: Arguments that are none of our options.
+        known: The names Ultralytics takes.
+
+    Raises:
+        ConfigError: For the first unknown one, with the nearest known name.
+    """
+    for name, value in arguments.items():
+        if name not in known:
+            near = get_close_matches(name, [*OPTIONS, *known], n=1)
+            remedy = f"did you mean {near[0]}?" if near else "'yolo_cwd settings' and 'yolo cfg' list the known ones"
+            raise ConfigError(f"{name}={value}: unknown argument; {remedy}")
+
+
+def level_name(stride: int) -> str:
+    """Return the usual name of a pyramid level: stride 8 is P3, stride 16 is P4."""
+    return f"P{stride.bit_length() - 1}"
+
+
+def with_suffix(model: str) -> str:
+    """Return a model's name with the suffix of a checkpoint where it has none: yolov8l becomes yolov8l.pt."""
+    return model if Path(model).suffix else f"{model}.pt"
+
+
+def _teacher(value: Any) -> Any:
+    if value is None or value == "":
+        raise ConfigError("teacher: missing; name the larger model to learn from, such as teacher=yolov8l.pt")
+    if isinstance(value, str | Path):
+        return with_suffix(str(value))
+    if isinstance(value, bool | int | float | list | tuple | dict):
+        raise ConfigError(f"teacher={value}: not a model; give a name, a .pt or .yaml path, or a YOLO model")
+    return value
+
+
+def _number(name: str, value: Any, zero: bool = True, most: float = math.inf) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not 0 <= value <= most or (value == 0 and not zero):
+        bound = "at least 0" if zero else "above 0"
+        upper = f" and at most {most:g}" if most < math.inf else ""
+        raise ConfigError(f"{name}={value}: must be a number {bound}{upper}, such as {name}={_example(name)}")
+    return float(value)
+
+
+def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
+        raise ConfigError(f"{name}={value}: must be one of {', '.join(map(str, choices))}")
+    return value
+
+
+def _level_weights(value: Any) -> tuple[float, ...]:
+    weights = tuple(_number("level_weights", x) for x in (value if isinstance(value, list | tuple) else [value]))
+    if not weights:
+        raise ConfigError("level_weights=[]: give one number, or one for each level, such as level_weights=1,1,0.5")
+    return weights
+
+
+def _levels(value: Any) -> tuple[int, ...] | None:
+    if value == "all":
+        return None
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    strides = {_stride(item) for item in items}
+    if not strides or None in strides:
+        raise ConfigError(f"levels={value}: must be all, names or strides, such as levels=P3,P4 or levels=8,16")
+    return tuple(sorted(s for s in strides if s is not None))
+
+
+def _stride(item: Any) -> int | None:
+    if isinstance(item, str):
+        name = re.fullmatch(r"[Pp]([2-7])", item.strip())
+        item = 2 ** int(name[1]) if name else int(item) if item.strip().isdecimal() else None
+    return item if isinstance(item, int) and item in {4, 8, 16, 32, 64, 128} else None
+
+
+def _example(name: str) -> float:
+    default = OPTIONS[name].default
+    return default if isinstance(default, int | float) else 1.0

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The loss: channel-wise divergence between two feature maps, and the criterion that adds it to the detection loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from yolo_cwd.fpn import Level, Teacher, student_features
+
+
+def channel_wise_divergence(student: Tensor, teacher: Tensor, tau: float = 1.0) -> Tensor:
+    """Return the channel-wise divergence of Shu et al., ICCV 2021 (arXiv 2011.13256), section 3.2, equations 3 and 4.
+
+    The softmax over the positions i of a channel c turns its map into a distribution, p for the teacher and q for the
+    student. The divergence is `tau^2 / (N C) * sum_{n,c,i} p * log(p / q)`: in nats, 0 where the maps differ by a
+    constant per channel only, and without an upper bound. It is the paper's, averaged over the N images as well.
+
+    Args:
+        student: Student maps, [N, C, H, W] (any number of trailing position axes), of any floating dtype.
+        teacher: Teacher maps of the same shape; no gradient flows into them.
+        tau: Temperature, above 0.
+
+    Returns:
+        A scalar in float32, or in float64 if that is the dtype of the maps.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"student maps {tuple(student.shape)} and teacher maps {tuple(teacher.shape)} differ in shape")
+    log_q = _log_distribution(student, tau)
+    log_p = _log_distribution(teacher.detach(), tau)
+    divergence = F.kl_div(log_q, log_p, log_target=True, reduction="sum").clamp_min(0)  # rounding can leave -1e-9
+    return divergence * (tau**2 / (student.shape[0] * student.shape[1]))
+
+
+def _log_distribution(maps: Tensor, tau: float) -> Tensor:
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))  # half precision overflows in the exponential
+    return F.log_softmax(maps.flatten(2) / tau, dim=-1)  # [N, C, HW]
+
+
+def standardize(maps: Tensor) -> Tensor:
+    """Return maps [N, C, H, W] in float32 with mean 0 and variance 1 per channel, over the batch and all positions.
+
+    A BatchNorm of the current batch without learned scale: what is left of a channel is where it is strong, not how
+    strongly this network happens to scale it.
+    """
+    return F.batch_norm(maps.float(), None, None, training=True)
+
+
+class CWDLoss:
+    """The student's criterion: its detection criterion plus one weighted divergence for each distilled level.
+
+    It stands in for the wrapped criterion, whose other attributes it passes on. It is no module, so that neither
+    teacher nor adapters become a part of the student.
+
+    Attributes:
+        criterion: The wrapped detection criterion.
+        weight: Overall weight of the divergences; the trainer sets it for every epoch. At 0 the teacher rests.
+    """
+
+    def __init__(
+        self,
+        criterion: Any,
+        teacher: Teacher,
+        adapters: nn.ModuleList,
+        levels: Sequence[Level],
+        level_weights: Sequence[float] | None = None,
+        tau: float = 1.0,
+        normalize: bool = False,
+        weight: float = 1.0,
+    ) -> None:
+        """Wrap a detection criterion.
+
+        Args:
+            criterion: Callable that takes (predictions, batch) and returns the loss vector and its items by name.
+            teacher: Frozen teacher that turns images into its pyramid.
+            adapters: One module for each level, from student to teacher channels.
+            levels: The distilled levels, finest first.
+            level_weights: One weight for each level; 1 for all by default.
+            tau: Temperature of the softmax.
+            normalize: Whether both sides are standardized first.
+            weight: Overall weight.
+        """
+        self.criterion = criterion
+        self.teacher = teacher
+        self.adapters = adapters
+        self.levels = list(levels)
+        self.level_weights = list(level_weights or [1.0] * len(self.levels))
+        self.tau = tau
+        self.normalize = normalize
+        self.weight = weight
+
+    def __call__(self, preds: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss vector, scaled by the batch size as Ultralytics' own terms are, and its detached items.
+
+        Args:
+            preds: What the student's head returned. Predictions of the evaluation mode get the detection loss alone.
+            batch: Ultralytics' batch; `img` holds images [N, 3, H, W] in 0 to 1.
+        """
+        loss, items = self.criterion(preds, batch)
+        if not isinstance(preds, dict):
+            return loss, items
+        if self.weight:
+            terms = torch.stack(self.divergences(student_features(preds), batch["img"]))
+            terms = terms * terms.new_tensor(self.level_weights) * self.weight
+            loss = torch.cat([loss, terms * len(batch["img"])])
+        else:
+            terms = torch.zeros(len(self.levels), device=loss.device)
+        named = {f"{level.name}_loss": term for level, term in zip(self.levels, terms.detach(), strict=True)}
+        return loss, {**items, **named, "cwd_loss": terms.detach().sum()}
+
+    def divergences(self, features: Sequence[Tensor], images: Tensor) -> list[Tensor]:
+        """Return the unweighted divergence of every distilled level.
+
+        Args:
+            features: The student's pyramid, one map [N, C, H, W] for each input of its head.
+            images: The batch the student saw, [N, 3, H, W].
+        """
+        pyramid = self.teacher(images)
+        terms = []
+        for level, adapter in zip(self.levels, self.adapters, strict=True):
+            student = adapter(features[level.student_index])
+            teacher = pyramid[level.teacher_index]
+            if self.normalize:
+                student, teacher = standardize(student), standardize(teacher)
+            terms.append(channel_wise_divergence(student, teacher, self.tau))
+        return terms
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the wrapped criterion: end-to-end heads expect `update` once an epoch."""
+        if name == "criterion":  # asked for before it is set, while an instance is being rebuilt
+            raise AttributeError(name)
+        return getattr(self.criterion, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return a copy of the wrapped criterion alone: whoever copies the student gets a plain model."""
+        return deepcopy(self.criterion, memo)

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Training of a student under a teacher. Read this file first: it shows the whole method.
+
+`CWDTrainer` is Ultralytics' `DetectionTrainer` whose student has its criterion wrapped. One training step is
+
+    student(images)  ->  predictions and pyramid       as without us
+    teacher(images)  ->  pyramid                       frozen, without its head, no gradient        (fpn.py)
+    loss  =  detection loss                            as without us
+          +  weight * divergence(adapter(student map), teacher map)  for every shared level         (loss.py)
+
+Teacher and adapters belong to the trainer, never to the student: every checkpoint is a plain Ultralytics model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.cfg import _handle_deprecation, cfg2dict, get_cfg, get_save_dir
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK, YAML, colorstr
+from ultralytics.utils.torch_utils import unwrap_model
+
+from yolo_cwd import digits
+from yolo_cwd.config import ConfigError, Settings, check_names, split_options, with_suffix
+from yolo_cwd.fpn import Level, build_adapters, first_line, load_teacher, match_levels, pyramid_taps
+from yolo_cwd.loss import CWDLoss
+
+STUDENT_CLIP_NORM = 10.0  # what Ultralytics clips the student's gradient norm to
+EXTRA_ARGUMENTS = {"augmentations", "save_dir"}  # training arguments that Ultralytics takes without a default
+
+
+class CWDTrainer(DetectionTrainer):
+    """Train a detector with channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256).
+
+    Takes every argument of Ultralytics' `DetectionTrainer`, and the options of `cfg/default.yaml` beside them.
+
+    Attributes:
+        cwd: The checked options.
+        teacher: The frozen teacher.
+        levels: The distilled levels, finest first; known once the student is built.
+        adapters: One module a level, from student to teacher channels, trained with the student.
+        criterion: The student's criterion, once the training has begun.
+
+    Examples:
+        >>> YOLO("yolov8n.pt").train(trainer=CWDTrainer, teacher="yolov8l.pt", data="coco8.yaml", epochs=10)
+        >>> CWDTrainer(overrides={"model": "yolov8n.pt", "teacher": "yolov8l.pt", "data": "coco8.yaml"}).train()
+    """
+
+    def __init__(
+        self,
+        cfg: Any = DEFAULT_CFG_DICT,
+        overrides: dict[str, Any] | None = None,
+        _callbacks: dict[str, Any] | None = None,
+    ) -> None:
+        """Check all that can be checked before a run folder exists, then hand over to Ultralytics.
+
+        Args:
+            cfg: Base configuration: a YAML path, a dictionary or a namespace, with our options in it or without.
+            overrides: Arguments and options that take precedence; `teacher` may be a path, a `YOLO` or a
+                `DetectionModel`, `data` may be `digits`.
+            _callbacks: Ultralytics' callbacks by event.
+
+        Raises:
+            ConfigError: If an option or a model cannot be used.
+        """
+        cfg_options, base = split_options(cfg2dict(cfg))
+        options, arguments = split_options(overrides or {})
+        options = {**cfg_options, **options}
+        base, arguments = _handle_deprecation(base), _handle_deprecation(arguments)
+        check_names(base | arguments, DEFAULT_CFG_DICT.keys() | EXTRA_ARGUMENTS)
+
+        base = {**DEFAULT_CFG_DICT, **base}
+        arguments["model"] = _student(options.pop("student", None), arguments.get("model"), base["model"])
+        self.cwd = Settings.parse(options)
+        _refuse_unsupported(get_cfg(base, {**arguments}))
+        self.teacher = load_teacher(self.cwd.teacher)
+        if arguments.get("data", base["data"]) == digits.NAME:
+            arguments["data"] = str(digits.build())
+
+        self.levels: list[Level] = []
+        self.adapters = nn.ModuleList()
+        self.criterion: CWDLoss | None = None
+        self._made_folders = _missing_folders(get_save_dir(get_cfg(base, {**arguments}))) if RANK in {-1, 0} else []
+        with self._leaving_nothing_behind():
+            super().__init__(base, arguments, _callbacks)
+
+    def setup_model(self) -> Any:
+        """Build the student, match its pyramid with the teacher's, and make the adapters."""
+        try:
+            checkpoint = super().setup_model()
+        except Exception as error:
+            reason = f"student={self.args.model}: {first_line(error)}"
+            raise ConfigError(f"{reason}; give an existing .pt checkpoint or .yaml model of a detector") from error
+        student = pyramid_taps(self.model, f"student={self.args.model}")
+        self.levels = match_levels(student, self.teacher.taps, self.cwd.levels)
+        if self.teacher.image_channels != self.data["channels"]:
+            raise ConfigError(
+                f"{self.teacher.argument}: takes images of {self.teacher.image_channels} channels, data="
+                f"{self.args.data} has {self.data['channels']}; choose a teacher trained on such images"
+            )
+        self.adapters = build_adapters(self.levels, self.cwd.adapter).to(self.device)
+        self.teacher.to(self.device)
+        return checkpoint
+
+    def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Add the adapters to Ultralytics' optimizer as the last group, so that warm-up and schedule apply to them."""
+        optimizer: torch.optim.Optimizer = super().build_optimizer(model, *args, **kwargs)
+        if adapters := list(self.adapters.parameters()):
+            plain = [group for group in optimizer.param_groups if group["param_group"] == "weight"]
+            optimizer.add_param_group({**min(plain, key=lambda group: float(group["lr"])), "params": adapters})
+        return optimizer
+
+    def _setup_train(self) -> None:
+        with self._leaving_nothing_behind():
+            super()._setup_train()
+            level_weights = self.cwd.weights_of([level.name for level in self.levels])
+        student = unwrap_model(self.model)
+        self.criterion = student.criterion = CWDLoss(
+            getattr(student, "criterion", None) or student.init_criterion(),
+            teacher=self.teacher,
+            adapters=self.adapters,
+            levels=self.levels,
+            level_weights=level_weights,
+            tau=self.cwd.tau,
+            normalize=self.cwd.normalize,
+        )
+        self.add_callback("on_train_epoch_start", CWDTrainer._set_weight)
+        if RANK in {-1, 0}:
+            self._record_settings()
+
+    def _set_weight(self) -> None:
+        assert self.criterion is not None
+        self.criterion.weight = self.cwd.weight(self.epoch, self.epochs)
+
+    def _record_settings(self) -> None:
+        names = ", ".join(level.name for level in self.levels)
+        LOGGER.info(
+            f"{colorstr('CWD:')} {Path(self.args.model).stem} learns {names} from {self.teacher.argument} "
+            f"({self.teacher.parameter_count / 1e6:.1f}M parameters), weight {self.cwd.cwd:g}, tau {self.cwd.tau:g}"
+        )
+        settings = {**vars(self.cwd), "levels": [x.stride for x in self.levels]}
+        settings["teacher"] = self.teacher.argument.removeprefix("teacher=")
+        YAML.save(self.save_dir / "cwd.yaml", settings)
+
+    def optimizer_step(self) -> None:
+        """Clip the adapters' gradient by its own norm, then step as Ultralytics does.
+
+        By its own norm, so that the student is clipped as it would be without adapters. The gradients still carry the
+        loss scale here, and so does the bound.
+        """
+        nn.utils.clip_grad_norm_(self.adapters.parameters(), max_norm=STUDENT_CLIP_NORM * self.scaler.get_scale())
+        super().optimizer_step()
+
+    def label_loss_items(self, loss_items: dict[str, Any] | None = None, prefix: str = "train") -> Any:
+        """Label the loss items; the divergences exist in training only, so validation gets no column of zeros."""
+        labels = super().label_loss_items(loss_items, prefix)
+        ours = {f"val/{level.name}_loss" for level in self.levels} | {"val/cwd_loss"}
+        if isinstance(labels, dict):
+            return {name: value for name, value in labels.items() if name not in ours}
+        return [name for name in labels if name not in ours]
+
+    def get_dataset(self) -> Any:
+        """Resolve `data` as Ultralytics does."""
+        try:
+            return super().get_dataset()
+        except RuntimeError as error:
+            reason = first_line(error.__cause__ or error)
+            raise ConfigError(f"data={self.args.data}: {reason}; give the path of a data set's YAML file") from error
+
+    def save_model(self) -> Any:
+        """Write the checkpoints, with the optimizer's state of the student alone."""
+        with self._adapters_set_aside():
+            return super().save_model()
+
+    def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
+        with self._adapters_set_aside():
+            super()._load_checkpoint_state(ckpt)
+
+    @contextmanager
+    def _adapters_set_aside(self) -> Iterator[None]:
+        """Leave in the optimizer what plain Ultralytics would have there, so that it can resume our checkpoints."""
+        optimizer, adapters = self.optimizer, list(self.adapters.parameters())
+        if not adapters:
+            yield
+            return
+        group = optimizer.param_groups.pop()
+        state = {p: optimizer.state.pop(p) for p in adapters if p in optimizer.state}
+        try:
+            yield
+        finally:
+            optimizer.param_groups.append(group)
+            optimizer.state.update(state)
+
+    @contextmanager
+    def _leaving_nothing_behind(self) -> Iterator[None]:
+        """Remove the folders that this run has made if it cannot start."""
+        try:
+            yield
+        except BaseException:
+            if self._made_folders:
+                run, *parents = self._made_folders
+                shutil.rmtree(run, ignore_errors=True)
+                for folder in parents:
+                    if folder.exists() and not any(folder.iterdir()):
+                        folder.rmdir()
+            raise
+
+
+def _missing_folders(path: Path) -> list[Path]:
+    """Return the folders that have to be made for a path, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def _student(student: Any, model: Any, default: Any) -> str:
+    """Return the student's path from its two names, `student` and Ultralytics' `model`."""
+    if student and model and str(student) != str(model):
+        raise ConfigError(f"student={student}: model={model} names another one; give one of the two")
+    chosen = student or model or default
+    if not isinstance(chosen, str | Path):
+        raise ConfigError(f"student={chosen}: missing; name the model to train, such as student=yolov8n.pt")
+    return with_suffix(str(chosen))
+
+
+def _refuse_unsupported(args: Any) -> None:
+    """Refuse the Ultralytics arguments that make no sense beside a teacher.
+
+    Raises:
+        ConfigError: For the first of them.
+    """
+    several_devices = "," in str(args.device) or (isinstance(args.device, list | tuple) and len(args.device) > 1)
+    refusals = {
+        "data": (args.data is None, "missing; give a data set, such as data=coco8.yaml or data=digits"),
+        "task": (args.task not in {None, "detect"}, "only task=detect can be distilled"),
+        "distill_model": (args.distill_model is not None, "is Ultralytics' own distillation; use teacher= instead"),
+        "quantize": (args.quantize == 8, "training for int8 takes no teacher; quantize the student at export"),
+        "batch": (args.batch < 1, "the memory estimate does not know the teacher; give a number of images, batch=16"),
+        "device": (several_devices, "a distilled training runs on one device so far; give one, such as device=0"),
+        "resume": (
+            bool(args.resume),
+            "a distilled training cannot be resumed with its teacher yet; train on without it by 'yolo train resume'",
+        ),
+    }
+    for name, (refused, reason) in refusals.items():
+        if refused:
+            raise ConfigError(f"{name}={getattr(args, name)}: {reason}")

@@ -50,7 +50,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def train(data: str, tmp_path: Path) -> Callable[..., CWDTrainer]:
     """Run a short distilled training; keywords override its arguments."""
 
@@ -68,7 +68,7 @@ def train(data: str, tmp_path: Path) -> Callable[..., CWDTrainer]:
     return run
 
 
-@pytest.fixture()
+@pytest.fixture
 def train_plain(data: str, tmp_path: Path) -> Callable[..., DetectionTrainer]:
     """Run the same short training with Ultralytics alone."""
 

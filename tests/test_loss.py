@@ -143,7 +143,7 @@ class Detection:
         self.updates += 1
 
 
-@pytest.fixture()
+@pytest.fixture
 def criterion() -> CWDLoss:
     levels = [Level("P3", 8, 0, 0, 3, 3), Level("P4", 16, 1, 1, 4, 4)]
     adapters = nn.ModuleList([nn.Identity(), nn.Identity()])

@@ -35,7 +35,7 @@ SCHEDULE: dict[str, Any] = {
 }
 # Digits do not come mirrored or in mosaics; only the last epoch is validated, to spend the time on training.
 SCHEDULE |= {"mosaic": 0.0, "fliplr": 0.0, "val": False, "plots": False}
-TEACHER_SHARE: dict[str, Any] = {"epochs": 9}
+TEACHER_SHARE: dict[str, Any] = {"epochs": 8}
 STUDENT_SHARE: dict[str, Any] = {"epochs": 20, "fraction": 0.25}
 
 

@@ -104,6 +104,8 @@ class CWDTrainer(DetectionTrainer):
                 f"{self.teacher.argument}: takes images of {self.teacher.image_channels} channels, data="
                 f"{self.args.data} has {self.data['channels']}; choose a teacher trained on such images"
             )
+        if self.args.amp == "bf16" and self.device.type != "cuda":
+            raise ConfigError(f"amp=bf16: Ultralytics has it on CUDA only, not on device={self.device}; use amp=False")
         self.adapters = build_adapters(self.levels, self.cwd.adapter).to(self.device)
         self.teacher.to(self.device)
         return checkpoint
@@ -140,12 +142,12 @@ class CWDTrainer(DetectionTrainer):
 
     def _record_settings(self) -> None:
         names = ", ".join(level.name for level in self.levels)
+        teacher = self.teacher.argument.removeprefix("teacher=")
         LOGGER.info(
-            f"{colorstr('CWD:')} {Path(self.args.model).stem} learns {names} from {self.teacher.argument} "
+            f"{colorstr('CWD:')} {Path(self.args.model).stem} learns {names} from {teacher} "
             f"({self.teacher.parameter_count / 1e6:.1f}M parameters), weight {self.cwd.cwd:g}, tau {self.cwd.tau:g}"
         )
-        settings = {**vars(self.cwd), "levels": [x.stride for x in self.levels]}
-        settings["teacher"] = self.teacher.argument.removeprefix("teacher=")
+        settings = {**vars(self.cwd), "teacher": teacher, "levels": [level.stride for level in self.levels]}
         YAML.save(self.save_dir / "cwd.yaml", settings)
 
     def optimizer_step(self) -> None:
@@ -154,7 +156,8 @@ class CWDTrainer(DetectionTrainer):
         By its own norm, so that the student is clipped as it would be without adapters. The gradients still carry the
         loss scale here, and so does the bound.
         """
-        nn.utils.clip_grad_norm_(self.adapters.parameters(), max_norm=STUDENT_CLIP_NORM * self.scaler.get_scale())
+        if adapters := list(self.adapters.parameters()):
+            nn.utils.clip_grad_norm_(adapters, max_norm=STUDENT_CLIP_NORM * self.scaler.get_scale())
         super().optimizer_step()
 
     def label_loss_items(self, loss_items: dict[str, Any] | None = None, prefix: str = "train") -> Any:

@@ -1,0 +1,204 @@
+"""The command, as users type it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from yolo_cwd import __version__
+from yolo_cwd.cli import main, parse
+from yolo_cwd.config import OPTIONS, ConfigError
+
+
+def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "yolo_cwd", *words], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "yolo_cwd train teacher="),
+        (["help"], "yolo_cwd train teacher="),
+        (["--help"], "yolo_cwd train teacher="),
+        (["version"], __version__),
+        (["settings"], "softmax temperature"),
+        (["help", "train"], "yolo_cwd train teacher=MODEL student=MODEL"),
+    ],
+)
+def test_answers_at_once(words: list[str], expected: str) -> None:
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        result = run(*words)
+        seconds.append(time.perf_counter() - begin)
+    assert result.returncode == 0
+    assert expected in result.stdout
+    assert not result.stderr
+    assert min(seconds) < 0.5
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; from yolo_cwd.cli import main; main(['settings']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_settings_list_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["settings"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(OPTIONS)
+    assert all(option.meaning in line for option, line in zip(OPTIONS.values(), lines, strict=True))
+
+
+def test_parse_reads_what_yolo_reads(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text(yaml.safe_dump({"tau": 3.0, "epochs": 7, "imgsz": 320}))
+    words = ["teacher", "=", "yolov8l", "levels=8,16", "lr0=1e-3", "cos_lr", f"cfg={file}", "epochs=9", "normalize"]
+    assert parse(words) == {
+        "tau": 3.0,
+        "imgsz": 320,
+        "epochs": 9,
+        "teacher": "yolov8l",
+        "levels": (8, 16),
+        "lr0": 0.001,
+        "cos_lr": True,
+        "normalize": True,
+    }
+
+
+SHORT = ["imgsz=64", "batch=4", "epochs=1", "plots=False", "device=cpu"]
+
+
+def test_training_by_command_from_start_to_export(data: str, tmp_path: Path) -> None:
+    result = run("train", "teacher=yolov8s.yaml", "student=yolov8n.yaml", f"data={data}", *SHORT, f"project={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    assert "learns P3, P4, P5 from yolov8s.yaml (11.2M parameters)" in result.stdout + result.stderr
+    best = tmp_path / "train" / "weights" / "best.pt"
+    use = (
+        "import sys; sys.modules['yolo_cwd'] = None\n"  # as where yolo_cwd is not installed
+        "from ultralytics import YOLO\n"
+        f"model = YOLO({str(best)!r})\n"
+        f"model.val(data={data!r}, imgsz=64, plots=False, project={str(tmp_path)!r})\n"
+        f"model.predict({str(Path(data).parent / 'images/val')!r}, imgsz=64, verbose=False)\n"
+        "model.export(format='onnx', imgsz=64)\n"
+    )
+    subprocess.run([sys.executable, "-c", use], check=True, capture_output=True)
+    assert best.with_suffix(".onnx").exists()
+
+
+# arguments that replace those of a training that would start, and what the one line must hold
+BAD_INPUT = {
+    "unknown option": (["tua=2"], "tua=2: unknown argument; did you mean tau?"),
+    "unknown argument": (["epoch=2"], "epoch=2: unknown argument; did you mean epochs?"),
+    "no value": (["tau="], "tau=: has no value"),
+    "no key": (["fast"], "fast: not of the form key=value"),
+    "missing teacher": (["teacher=None"], "teacher: missing"),
+    "absent teacher": (["teacher=absent.pt"], "teacher=absent.pt: "),
+    "absent teacher by name": (["teacher=absent"], "teacher=absent.pt: "),
+    "teacher that segments": (["teacher={checkpoints}/segment.pt"], "its head is Segment"),
+    "teacher that classifies": (["teacher={checkpoints}/classify.pt"], "its head is Classify"),
+    "truncated teacher": (["teacher={folder}/truncated.pt"], "truncated.pt: "),
+    "teacher of another format": (["teacher={folder}/teacher.onnx"], "the suffix .onnx is none of .pt, .yaml"),
+    "missing student": (["student=None"], "student=None: missing"),
+    "absent student": (["student=absent.pt"], "student=absent.pt: "),
+    "absent student file": (["student=absent.yaml"], "student=absent.yaml: "),
+    "student that segments": (["student={checkpoints}/segment.pt"], "its head is Segment"),
+    "two students": (["model=yolov8s.yaml"], "model=yolov8s.yaml names another one"),
+    "no common stride": (["student={folder}/p2.yaml"], "levels=all: the student has P2 and the teacher P3, P4, P5"),
+    "level that is not there": (["levels=P2"], "levels=P2: the student has P3, P4, P5"),
+    "level that is none": (["levels=high"], "levels=high: must be all, names or strides"),
+    "level_weights of the wrong length": (["level_weights=1,2"], "2 weights for the 3 distilled levels P3, P4, P5"),
+    "negative level weight": (["level_weights=1,1,-1"], "level_weights=-1: must be a number at least 0"),
+    "tau of zero": (["tau=0"], "tau=0: must be a number above 0"),
+    "negative weight": (["cwd=-1"], "cwd=-1: must be a number at least 0"),
+    "NaN": (["cwd=nan"], "cwd=nan: must be a number at least 0"),
+    "infinite": (["tau=inf"], "tau=inf: must be a number above 0"),
+    "wrong type": (["tau=warm"], "tau=warm: must be a number above 0"),
+    "wrong type of an Ultralytics argument": (["epochs=many"], "epochs=many"),
+    "value out of an Ultralytics range": (["mosaic=2"], "mosaic=2"),
+    "unknown optimizer": (["optimizer=Magic"], "Magic"),
+    "schedule": (["schedule=cosin"], "schedule=cosin: must be one of constant, linear, cosine"),
+    "adapter": (["adapter=mlp"], "adapter=mlp: must be one of conv, identity"),
+    "identity adapter": (["adapter=identity"], "P3 has 64 channels in the student and 128 in the teacher"),
+    "missing data": (["data=None"], "data=None: missing"),
+    "absent data": (["data=absent.yaml"], "data=absent.yaml: "),
+    "data without images": (["data={folder}/hollow.yaml"], "hollow.yaml: "),
+    "grayscale data": (["data={folder}/gray.yaml"], "takes images of 3 channels"),
+    "absent cfg": (["cfg=absent.yaml"], "cfg=absent.yaml: cannot be read"),
+    "other task": (["task=segment"], "task=segment: only task=detect"),
+    "built-in distillation beside ours": (["distill_model=yolov8s.pt"], "distill_model=yolov8s.pt: "),
+    "int8 training": (["quantize=8"], "quantize=8: "),
+    "automatic batch": (["batch=-1"], "batch=-1: "),
+    "several devices": (["device=0,1"], "device=(0, 1): "),
+    "absent device": (["device=7"], "CUDA"),
+    "bf16 on a CPU": (["amp=bf16"], "amp=bf16: "),
+    "resume": (["resume=True"], "resume=True: "),
+    "everything frozen": (["freeze=100"], "freeze=100"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, data: str, checkpoints: Path) -> Path:
+    """A folder with the files the bad inputs name."""
+    whole = (checkpoints / "small.pt").read_bytes()
+    (tmp_path / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "teacher.onnx").write_bytes(b"")
+    detector = {"nc": 80, "backbone": [[-1, 1, "Conv", [8, 3, 2]], [-1, 1, "Conv", [16, 3, 2]]]}
+    (tmp_path / "p2.yaml").write_text(yaml.safe_dump({**detector, "head": [[[1], 1, "Detect", ["nc"]]]}))
+    (tmp_path / "hollow.yaml").write_text(yaml.safe_dump({"path": "nowhere", "train": "t", "val": "v", "names": ["a"]}))
+    description = yaml.safe_load(Path(data).read_text())
+    (tmp_path / "gray.yaml").write_text(yaml.safe_dump({**description, "channels": 1}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(
+    name: str,
+    folder: Path,
+    data: str,
+    checkpoints: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words, expected = BAD_INPUT[name]
+    monkeypatch.chdir(folder)
+    given = dict(w.split("=", 1) for w in ("teacher=yolov8s.yaml", "student=yolov8n.yaml", f"data={data}", *SHORT))
+    changed = [w.format(folder=folder, checkpoints=checkpoints) for w in words]
+    kept = [f"{k}={v}" for k, v in given.items() if k not in {w.split("=")[0] for w in changed}]
+    before = sorted(folder.rglob("*"))
+    assert main(["train", *kept, *changed, f"project={folder}/runs/here"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("yolo_cwd: ")]
+    assert len(lines) == 1
+    assert expected in lines[0]
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_bad_input_from_the_shell(tmp_path: Path) -> None:
+    result = run("train", "teacher=yolov8s.yaml", "student=yolov8n.yaml", "data=absent.yaml", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("yolo_cwd: data=absent.yaml: ")
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["tarin"], ["demo", "epochs=3"]])
+def test_unknown_commands(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_fault_during_training_is_not_called_bad_input(data: str, tmp_path: Path, monkeypatch) -> None:
+    def fail(*args: object) -> torch.Tensor:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("yolo_cwd.loss.channel_wise_divergence", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["train", "teacher=yolov8s.yaml", "student=yolov8n.yaml", f"data={data}", *SHORT, f"project={tmp_path}"])
+
+
+def test_parse_refuses_words_without_a_value() -> None:
+    with pytest.raises(ConfigError, match="epochs: not of the form key=value"):
+        parse(["epochs"])

@@ -119,7 +119,7 @@ def test_a_fused_teacher_still_has_its_levels() -> None:
         pytest.param("small.onnx", "suffix .onnx", id="other format"),
         pytest.param("truncated.pt", "truncated", id="truncated"),
         pytest.param("empty.pt", "empty", id="empty"),
-        pytest.param("picture.pt", "corrupted", id="no checkpoint at all"),
+        pytest.param("picture.pt", "existing .pt checkpoint", id="no checkpoint at all"),
         pytest.param("numbers.pt", "references types outside", id="a pickle without a model"),
         pytest.param("rtdetr-l.yaml", "its head is RTDETRDecoder", id="a detector without a YOLO head"),
     ],

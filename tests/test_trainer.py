@@ -91,10 +91,9 @@ def test_adapters_follow_warmup_and_schedule(train: Train, optimizer: str) -> No
         rates.append((trainer.optimizer.param_groups[-1]["lr"], min(plain)))
         assert trainer.optimizer.param_groups[-1]["params"] == list(trainer.adapters.parameters())
 
-    trainer = train(optimizer=optimizer, epochs=3, warmup_epochs=1, callbacks={"on_train_batch_end": note})
+    train(optimizer=optimizer, epochs=3, warmup_epochs=1, callbacks={"on_train_batch_end": note})
     assert rates[0][0] < rates[2][0] > rates[-1][0] > 0  # rises in warm-up, falls with the schedule
     assert all(ours == theirs for ours, theirs in rates)
-    assert 0 < rows(trainer)[-1]["train/cwd_loss"] < rows(trainer)[0]["train/cwd_loss"]
 
 
 def test_terms_are_columns_of_training_only(train: Train) -> None:

@@ -78,7 +78,8 @@ class CWDTrainer(DetectionTrainer):
         base = {**DEFAULT_CFG_DICT, **base}
         arguments["model"] = _student(options.pop("student", None), arguments.get("model"), base["model"])
         self.cwd = Settings.parse(options)
-        _refuse_unsupported(get_cfg(base, {**arguments}))
+        args = get_cfg(base, {**arguments})
+        _refuse_unsupported(args)
         self.teacher = load_teacher(self.cwd.teacher)
         if arguments.get("data", base["data"]) == digits.NAME:
             arguments["data"] = str(digits.build())
@@ -86,7 +87,7 @@ class CWDTrainer(DetectionTrainer):
         self.levels: list[Level] = []
         self.adapters = nn.ModuleList()
         self.criterion: CWDLoss | None = None
-        self._made_folders = _missing_folders(get_save_dir(get_cfg(base, {**arguments}))) if RANK in {-1, 0} else []
+        self._made_folders = _missing_folders(get_save_dir(args)) if RANK in {-1, 0} else []
         with self._leaving_nothing_behind():
             super().__init__(base, arguments, _callbacks)
 

@@ -325,8 +325,9 @@ def test_python_api_of_ultralytics(data: str, tmp_path: Path, checkpoints: Path)
     assert rows(model.trainer)[0]["train/cwd_loss"] > 0
     assert teacher.model.model[-1] is head
     assert type(model.model) is DetectionModel
-    model.train(data=data, **arguments)  # the same object trains on without a teacher
-    assert type(model.trainer) is not CWDTrainer
+    again = YOLO(model.trainer.best)
+    again.train(data=data, **arguments)  # and on without a teacher
+    assert type(again.trainer) is DetectionTrainer
 
 
 def test_options_in_a_configuration_file(data: str, tmp_path: Path, train: Train) -> None:

@@ -15,6 +15,8 @@ yolo_cwd: a small YOLO detector learns from a larger one while it trains (channe
 
   yolo_cwd train teacher=yolov8l student=yolov8n data=coco8.yaml epochs=100 imgsz=640
                        train the student; all arguments of 'yolo train' work as there
+  yolo_cwd compare teacher=best.pt student=yolov8n.yaml data=my.yaml epochs=100 seeds=3 arms=plain,cwd,builtin
+                       did it help, and by how much beyond luck?
   yolo_cwd demo        teacher, plain and distilled student on handwritten digits, in minutes on a CPU
   yolo_cwd settings    the options of distillation, their defaults and meaning
   yolo_cwd help train  more about training
@@ -49,12 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = [word.lstrip("-") for word in (sys.argv[1:] if argv is None else argv)]
     command, rest = (words[0], words[1:]) if words else ("help", [])
-    commands = {"train": train, "demo": demo, "settings": settings, "help": help_, "h": help_, "version": version}
+    commands = {
+        "train": train,
+        "compare": compare,
+        "demo": demo,
+        "settings": settings,
+        "help": help_,
+        "h": help_,
+        "version": version,
+    }
     try:
         if command == "detect" and rest[:1] == ["train"]:  # as 'yolo detect train'
             command, rest = rest[0], rest[1:]
         if command not in commands:
-            raise ConfigError(f"{command}: unknown command; give one of train, demo, settings, help, version")
+            raise ConfigError(f"{command}: unknown command; give one of train, compare, demo, settings, help, version")
         commands[command](rest)
     except ConfigError as error:
         print(f"yolo_cwd: {error}", file=sys.stderr)
@@ -108,6 +118,14 @@ def train(words: list[str]) -> None:
         if trainer is not None and trainer.criterion is not None:  # the training had begun: a fault, not bad input
             raise
         raise ConfigError(first_line(error)) from error
+
+
+def compare(words: list[str]) -> None:
+    """Train the arms of a comparison and summarize them."""
+    arguments = parse(words)
+    from yolo_cwd.compare import run
+
+    run(arguments)
 
 
 def parse(words: list[str]) -> dict[str, Any]:

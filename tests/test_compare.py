@@ -1,0 +1,220 @@
+"""Comparisons: what is asked for, how runs are shared out, and the statistics of the summary."""
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from yolo_cwd import compare
+from yolo_cwd.compare import Comparison, parse_arms, parse_seeds
+from yolo_cwd.config import ConfigError
+from yolo_cwd.summary import as_text, paired_interval, summarize, table, write_summary
+
+SHORT = {"imgsz": 64, "batch": 4, "epochs": 1, "plots": False, "device": "cpu", "amp": False, "verbose": False}
+
+
+@pytest.fixture
+def words(data: str, checkpoints: Path, tmp_path: Path) -> dict[str, Any]:
+    folder = str(tmp_path / "comparison")
+    teacher = str(checkpoints / "small.pt")
+    return {"teacher": teacher, "student": "yolov8n.yaml", "data": data, "seeds": 2, "folder": folder, **SHORT}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("plain,cwd,builtin", [("plain", "plain", {}), ("cwd", "cwd", {}), ("builtin", "builtin", {})]),
+        (
+            "plain,cwd:tau=2,cwd=20,builtin",
+            [("plain", "plain", {}), ("cwd_tau=2_cwd=20", "cwd", {"tau": 2, "cwd": 20}), ("builtin", "builtin", {})],
+        ),
+        ("cwd:levels=P3", [("cwd_levels=P3", "cwd", {"levels": "P3"})]),
+    ],
+)
+def test_arms(given: str, expected: list[tuple[str, str, dict[str, Any]]]) -> None:
+    assert [tuple(arm) for arm in parse_arms(given)] == expected
+
+
+def test_arms_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "arms.yaml"
+    file.write_text(yaml.safe_dump({"plain": None, "warm": {"method": "cwd", "tau": 4.0}, "cwd": {}}))
+    assert {arm.name: (arm.method, arm.arguments) for arm in parse_arms(str(file))} == {
+        "plain": ("plain", {}),
+        "warm": ("cwd", {"tau": 4.0}),
+        "cwd": ("cwd", {}),
+    }
+
+
+@pytest.mark.parametrize("given", ["", "plain,plain", "magic", "cwd:", "cwd:tua=2", "absent.yaml"])
+def test_refused_arms(given: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_arms(given)
+
+
+def test_seeds() -> None:
+    assert parse_seeds(3) == (0, 1, 2)
+    assert parse_seeds((5, 7)) == (5, 7)
+    for bad in (0, -1, 1.5, "x", (1, 1), [], True):
+        with pytest.raises(ConfigError, match="seeds="):
+            parse_seeds(bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student": None}, "student: missing"),
+        ({"data": None}, "data: missing"),
+        ({"teacher": None}, "teacher: missing"),
+        ({"split": "half"}, "split=half: must be one of"),
+        ({"arms": "cwd:tau=0"}, "tau=0: must be a number above 0"),
+        ({"epoch": 3}, "did you mean epochs"),
+    ],
+)
+def test_refused_comparisons(words: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Comparison.parse({**words, **change})
+    assert not Path(words["folder"]).exists()
+
+
+def test_a_comparison_from_start_to_summary(words: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    summary = compare.run({**words, "arms": "plain,cwd:tau=2,builtin"})
+    folder = Path(words["folder"])
+    assert list(summary["arms"]) == ["plain", "cwd_tau=2", "builtin"]
+    assert all(arm["seeds"] == [0, 1] for arm in summary["arms"].values())
+    for name in ("summary.json", "summary.csv", "summary.md", "curves.png", "scores.png", "classes.png"):
+        assert (folder / name).stat().st_size > 100
+    assert yaml.safe_load((folder / "runs" / "cwd_tau=2-1" / "cwd.yaml").read_text())["tau"] == 2
+    assert (
+        yaml.safe_load((folder / "runs" / "builtin-0" / "args.yaml").read_text())["distill_model"] == words["teacher"]
+    )
+    assert yaml.safe_load((folder / "runs" / "plain-1" / "args.yaml").read_text())["seed"] == 1
+    assert summary["teacher"] is None
+    assert "its classes are not those of the data" in summary["verdict"]
+    assert "95 % interval" in capsys.readouterr().out
+    assert len((folder / "summary.csv").read_text().splitlines()) == 7
+
+
+def test_a_killed_comparison_goes_on_and_trains_nothing_twice(
+    words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+
+    def train_arm(comparison: Comparison, arm: compare.Arm, seed: int) -> dict[str, Any]:
+        if len(trained) == 3 and "killed" not in trained:
+            trained.append("killed")
+            raise KeyboardInterrupt
+        trained.append(f"{arm.name}-{seed}")
+        return result(arm.name, seed, 0.1)
+
+    monkeypatch.setattr(compare, "train_arm", train_arm)
+    with pytest.raises(KeyboardInterrupt):
+        compare.run({**words, "arms": "plain,cwd"})
+    compare.run({**words, "arms": "plain,cwd"})
+    assert trained == ["plain-0", "cwd-0", "plain-1", "killed", "cwd-1"]
+    with pytest.raises(ConfigError, match="holds another comparison"):
+        compare.run({**words, "arms": "plain,cwd", "epochs": 2})
+
+
+def _work(words: dict[str, Any]) -> None:
+    def train_arm(comparison: Comparison, arm: compare.Arm, seed: int) -> dict[str, Any]:
+        with (comparison.folder / "log.txt").open("a") as file:
+            file.write(f"{arm.name}-{seed}\n")
+        compare.time.sleep(0.3)
+        return result(arm.name, seed, 0.1)
+
+    compare.train_arm = train_arm
+    compare.run(words)
+
+
+def test_two_processes_share_the_runs(words: dict[str, Any]) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_work, args=({**words, "arms": "plain,cwd", "seeds": 4},)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    lines = (Path(words["folder"]) / "log.txt").read_text().split()
+    assert sorted(lines) == sorted(f"{arm}-{seed}" for arm in ("plain", "cwd") for seed in range(4))
+
+
+def result(arm: str, seed: int, score: float, seconds: float = 10.0) -> dict[str, Any]:
+    classes = {"cat": score, "dog": score / 2}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "seconds": seconds,
+        "map50_95": score,
+        "map50": 2 * score,
+        "classes": classes,
+        "curve": [0.0, score],
+    }
+
+
+RESULTS = [
+    *(result("plain", seed, score) for seed, score in enumerate((0.30, 0.32, 0.31))),
+    *(result("cwd", seed, score, 12.0) for seed, score in enumerate((0.33, 0.34, 0.35))),
+]
+TEACHER = {"map50_95": 0.41, "map50": 0.6, "classes": {}}
+
+
+def test_paired_interval_by_hand() -> None:
+    """Differences 3, 2, 4: mean 3, sd 1, and t(0.975, 2) is 4.30265 in printed tables."""
+    low, high = paired_interval([3.0, 2.0, 4.0])
+    assert (low, high) == pytest.approx((3 - 4.30265 / 3**0.5, 3 + 4.30265 / 3**0.5), abs=1e-4)
+    assert paired_interval([1.0]) is None
+
+
+def test_statistics() -> None:
+    arm = summarize(["plain", "cwd"], TEACHER, RESULTS)["arms"]["cwd"]
+    assert arm["map50_95"] == pytest.approx(0.34)
+    assert arm["sd"] == pytest.approx(0.01)
+    assert arm["difference"] == pytest.approx(0.03)
+    assert arm["interval"] == pytest.approx((0.03 - 0.0248414, 0.03 + 0.0248414), abs=1e-6)
+    assert arm["gap_closed"] == pytest.approx(0.3)
+    assert arm["time_ratio"] == pytest.approx(1.2)
+    assert arm["class_gains"] == pytest.approx({"cat": 0.03, "dog": 0.015})
+
+
+def test_only_seeds_of_both_arms_are_paired() -> None:
+    arm = summarize(["plain", "cwd"], TEACHER, [*RESULTS, result("cwd", 9, 0.9)])["arms"]["cwd"]
+    assert arm["difference"] == pytest.approx(0.03)
+    assert arm["runs"] == 4
+
+
+def test_a_teacher_that_is_no_better_is_named() -> None:
+    weak = {**TEACHER, "map50_95": 0.3}
+    summary = summarize(["plain", "cwd"], weak, RESULTS)
+    assert "not better than the plain student (-1.0 points)" in summary["verdict"]
+    assert summary["arms"]["cwd"]["gap_closed"] is None
+
+
+def test_table_and_files(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    for r in RESULTS:
+        (tmp_path / "results" / f"{r['arm']}-{r['seed']}.json").write_text(json.dumps(r))
+    (tmp_path / "results" / "teacher.json").write_text(json.dumps(TEACHER))
+    summary = write_summary(tmp_path, {"arms": {"plain": {}, "cwd": {}}})
+    shown = as_text(table(summary)).splitlines()
+    assert shown[1].split() == ["teacher", "41.0", "60.0"]
+    assert shown[3].split() == ["cwd", "3", "34.0", "1.0", "68.0", "+3.0", "+0.5", "to", "+5.5", "30%", "1.20x"]
+    assert "| cwd | 3 | 34.0 |" in (tmp_path / "summary.md").read_text()
+    assert json.loads((tmp_path / "summary.json").read_text())["teacher"] == TEACHER
+    assert sorted(p.name for p in tmp_path.glob(".*")) == []
+
+
+def test_a_teacher_of_the_same_classes_is_scored(words: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    compare.run({**words, "arms": "plain", "seeds": 1})
+    first = Path(words["folder"]) / "runs" / "plain-0" / "weights" / "best.pt"
+    monkeypatch.setattr(compare, "train_arm", lambda comparison, arm, seed: result(arm.name, seed, 0.1))
+    summary = compare.run({**words, "arms": "plain", "teacher": str(first), "folder": words["folder"] + "2"})
+    assert summary["teacher"].keys() == {"map50_95", "map50", "classes"}
+
+
+def test_absent_data_leaves_no_folder(words: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^data=absent.yaml: "):
+        compare.run({**words, "data": "absent.yaml"})
+    assert not Path(words["folder"]).exists()

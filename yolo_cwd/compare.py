@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""`yolo_cwd compare`: did distillation help on this data, and by how much beyond luck?
+
+Every arm (a named set of options) is trained with every seed under the same schedule and data, into one folder:
+
+    comparison.yaml            what is compared; the same words again go on where they were interrupted
+    runs/<arm>-<seed>/         one Ultralytics run each
+    results/<arm>-<seed>.json  its scores, written when the run is complete; results/teacher.json for the teacher
+    locks/                     one lock a run; the operating system frees it when its process dies
+    summary.* and *.png        see summary.py
+
+Several processes may work on one folder: each takes the first run that is neither complete nor locked.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import yaml
+from filelock import FileLock, Timeout
+from ultralytics import YOLO
+from ultralytics.cfg import DEFAULT_CFG_DICT, get_save_dir, smart_value
+from ultralytics.data.utils import check_det_dataset
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import LOGGER, colorstr
+
+from yolo_cwd import digits
+from yolo_cwd.config import OPTIONS, ConfigError, Settings, check_names, split_options, with_suffix
+from yolo_cwd.fpn import first_line, load_teacher
+from yolo_cwd.summary import as_text, table, write_summary, write_whole
+from yolo_cwd.trainer import EXTRA_ARGUMENTS, CWDTrainer
+
+METHODS = ("plain", "cwd", "builtin")
+OWN_ARGUMENTS = {"arms", "seeds", "split", "folder"}
+SPLITS = ("val", "test", "train")
+POLL_SECONDS = 2.0
+
+
+class Arm(NamedTuple):
+    """A named way of training the student: one of `METHODS`, with arguments and options of its own."""
+
+    name: str
+    method: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        folder: Where everything goes.
+        teacher: Checkpoint to learn from.
+        arguments: Training arguments and options that all arms share.
+        arms: The arms, in the order they are trained and shown in.
+        seeds: Every arm is trained once with each.
+        split: The split on which the finished models are scored.
+    """
+
+    folder: Path
+    teacher: str
+    arguments: dict[str, Any]
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    split: str
+
+    @classmethod
+    def parse(cls, words: dict[str, Any]) -> Comparison:
+        """Check the arguments of the command and return the comparison they describe.
+
+        Raises:
+            ConfigError: If one of them cannot be used.
+        """
+        own = {name: words[name] for name in OWN_ARGUMENTS & words.keys()}
+        shared = {name: value for name, value in words.items() if name not in OWN_ARGUMENTS}
+        options, arguments = split_options(shared)
+        check_names(arguments, {*DEFAULT_CFG_DICT, *EXTRA_ARGUMENTS, *OWN_ARGUMENTS})
+        teacher = Settings.parse(options).teacher
+        student = options.pop("student", None) or arguments.pop("model", None)
+        if not student:
+            raise ConfigError("student: missing; name the model to train, such as student=yolov8n.yaml")
+        if not arguments.get("data"):
+            raise ConfigError("data: missing; give a data set, such as data=my.yaml or data=digits")
+        options.pop("teacher", None)
+        arms = parse_arms(own.get("arms", ",".join(METHODS)))
+        for arm in arms:
+            Settings.parse({**options, **split_options(arm.arguments)[0], "teacher": teacher})
+        folder = own.get("folder") or get_save_dir(
+            SimpleNamespace(project="", task="detect", name="compare", mode="train", exist_ok=True)
+        )
+        split = own.get("split", SPLITS[0])
+        if split not in SPLITS:
+            raise ConfigError(f"split={split}: must be one of {', '.join(SPLITS)}")
+        shared = {**arguments, **options, "model": with_suffix(str(student))}
+        return cls(Path(folder).resolve(), str(teacher), shared, arms, parse_seeds(own.get("seeds", 3)), split)
+
+    def runs(self) -> Iterator[tuple[Arm, int]]:
+        """Yield arm and seed of every run: all arms of a seed before the next seed, so that all arms grow together."""
+        for seed in self.seeds:
+            for arm in self.arms:
+                yield arm, seed
+
+    def result_file(self, name: str) -> Path:
+        """Return the file that holds the scores of a complete run, or of the teacher."""
+        return self.folder / "results" / f"{name}.json"
+
+    def record(self) -> dict[str, Any]:
+        """Return all that decides the outcome, as plain values."""
+        return {
+            "teacher": self.teacher,
+            "split": self.split,
+            "seeds": list(self.seeds),
+            "arguments": self.arguments,
+            "arms": {arm.name: {"method": arm.method, **arm.arguments} for arm in self.arms},
+        }
+
+
+def parse_seeds(value: Any) -> tuple[int, ...]:
+    """Return the seeds: 3 means 0, 1, 2; several numbers are the seeds themselves.
+
+    Raises:
+        ConfigError: If the value is neither.
+    """
+    seeds = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not seeds or not all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds):
+        raise ConfigError(f"seeds={value}: must be a number of seeds or the seeds themselves, such as seeds=3")
+    if len(set(seeds)) != len(seeds) or seeds == (0,):
+        raise ConfigError(f"seeds={value}: every seed counts once, and there must be one; give seeds=3 or seeds=5,6,7")
+    return seeds if isinstance(value, list | tuple) else tuple(range(seeds[0]))
+
+
+def parse_arms(value: Any) -> tuple[Arm, ...]:
+    """Return the arms of `plain,cwd:tau=2,cwd=20,builtin`, or of a YAML file that maps names to option sets.
+
+    In the file, an option set may name its `method`; otherwise the arm's name must be one of `METHODS`.
+
+    Raises:
+        ConfigError: If there is no arm, two of one name, an unknown method, or an unknown option.
+    """
+    sets = _arms_of_file(value) if str(value).endswith((".yaml", ".yml")) else _arms_of_words(value)
+    arms = []
+    for name, arguments in sets:
+        method = arguments.pop("method", name.split(":")[0])
+        if method not in METHODS:
+            raise ConfigError(f"arms={name}: its method {method} is none of {', '.join(METHODS)}")
+        check_names(arguments, {*OPTIONS, *DEFAULT_CFG_DICT, *EXTRA_ARGUMENTS})
+        arms.append(Arm("".join(c if c.isalnum() or c in "._=-" else "_" for c in name), method, arguments))
+    if len({arm.name for arm in arms}) != len(arms) or not arms:
+        raise ConfigError(f"arms={value}: must name at least one arm, and none twice, such as arms=plain,cwd,builtin")
+    return tuple(arms)
+
+
+def _arms_of_words(value: Any) -> list[tuple[str, dict[str, Any]]]:
+    sets: list[tuple[str, dict[str, Any]]] = []
+    words = value if isinstance(value, list | tuple) else str(value).split(",")
+    for word in (str(w).strip() for w in words if str(w).strip()):
+        start, colon, rest = word.partition(":")
+        if "=" in start and sets:  # cwd:tau=2,cwd=20 reads on after its comma
+            name, arguments = sets.pop()
+            sets.append((f"{name},{word}", arguments))
+            rest = word
+        else:
+            sets.append((word, {}))
+        if rest:
+            key, _, text = rest.partition("=")
+            sets[-1][1][key] = smart_value(text)
+        elif colon:
+            raise ConfigError(f"arms={word}: nothing follows the colon; write it as {start}:option=value")
+    return sets
+
+
+def _arms_of_file(value: Any) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        return [(str(name), dict(options or {})) for name, options in content.items()]
+    except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"arms={value}: cannot be read; give a YAML file that maps names to options") from error
+
+
+def run(words: dict[str, Any]) -> dict[str, Any]:
+    """Train what is missing of a comparison, and return its summary.
+
+    Args:
+        words: The arguments of the command.
+
+    Raises:
+        ConfigError: If they cannot be used, or if the folder holds another comparison.
+    """
+    comparison = Comparison.parse(words)
+    load_teacher(comparison.teacher)
+    if comparison.arguments["data"] == digits.NAME:
+        comparison.arguments["data"] = str(digits.build())
+    classes = _classes_of_data(comparison)
+    _claim_folder(comparison)
+    score_teacher(comparison, classes)
+    while waiting := [(arm, seed) for arm, seed in comparison.runs() if not _done(comparison, arm, seed)]:
+        if not any(_train_if_free(comparison, arm, seed) for arm, seed in waiting):
+            time.sleep(POLL_SECONDS)  # other processes have all that is left: wait, one of them may die
+    summary = write_summary(comparison.folder, comparison.record())
+    print(f"\n{as_text(table(summary))}\n\n{summary['verdict']}\nSummary and pictures: {comparison.folder}")
+    return summary
+
+
+def _name(arm: Arm, seed: int) -> str:
+    return f"{arm.name}-{seed}"
+
+
+def _done(comparison: Comparison, arm: Arm, seed: int) -> bool:
+    return comparison.result_file(_name(arm, seed)).exists()
+
+
+def _claim_folder(comparison: Comparison) -> None:
+    file = comparison.folder / "comparison.yaml"
+    record = json.loads(json.dumps(comparison.record()))
+    if file.exists():
+        if yaml.safe_load(file.read_text(encoding="utf-8")) != record:
+            raise ConfigError(f"folder={comparison.folder}: holds another comparison; give another folder=")
+        return
+    for name in ("runs", "results", "locks"):
+        (comparison.folder / name).mkdir(parents=True, exist_ok=True)
+    write_whole(file, yaml.safe_dump(record, sort_keys=False))
+
+
+@contextmanager
+def _locked(comparison: Comparison, name: str, wait: bool = False) -> Iterator[bool]:
+    lock = FileLock(comparison.folder / "locks" / f"{name}.lock")
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _train_if_free(comparison: Comparison, arm: Arm, seed: int) -> bool:
+    """Train one run unless another process does or did; return whether it is complete."""
+    name = _name(arm, seed)
+    with _locked(comparison, name) as free:
+        if free and not _done(comparison, arm, seed):
+            LOGGER.info(f"\n{colorstr('compare:')} {_progress(comparison, name)}")
+            result = train_arm(comparison, arm, seed)
+            write_whole(comparison.result_file(name), json.dumps(result, indent=1))
+            write_summary(comparison.folder, comparison.record())
+    return free
+
+
+def _progress(comparison: Comparison, name: str) -> str:
+    runs = list(comparison.runs())
+    seconds = {
+        _name(arm, seed): json.loads(comparison.result_file(_name(arm, seed)).read_text())["seconds"]
+        for arm, seed in runs
+        if _done(comparison, arm, seed)
+    }
+    text = f"run {len(seconds) + 1} of {len(runs)} ({name})"
+    if not seconds:
+        return text
+    by_arm = {arm.name: [s for n, s in seconds.items() if n.rpartition("-")[0] == arm.name] for arm in comparison.arms}
+    mean = sum(seconds.values()) / len(seconds)
+    left = sum(
+        sum(by_arm[arm.name]) / len(by_arm[arm.name]) if by_arm[arm.name] else mean
+        for arm, seed in runs
+        if _name(arm, seed) not in seconds
+    )
+    return f"{text}, about {left / 60:.0f} min left"
+
+
+def train_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
+    """Train one arm with one seed from the start, and return its scores, its curve and its time."""
+    folder = comparison.folder / "runs" / _name(arm, seed)
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
+    options, arguments = split_options({**comparison.arguments, **arm.arguments})
+    place = {"seed": seed, "project": str(folder.parent), "name": folder.name, "exist_ok": True}
+    overrides = {**arguments, **place}
+    if arm.method == "cwd":
+        trainer = CWDTrainer(overrides={**overrides, **options, "teacher": comparison.teacher})
+    else:
+        builtin = {"distill_model": comparison.teacher} if arm.method == "builtin" else {}
+        trainer = DetectionTrainer(overrides={**overrides, **builtin})
+    begin = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - begin
+    weights = trainer.best if trainer.best.exists() else trainer.last
+    with trainer.csv.open(encoding="utf-8") as file:
+        curve = [float(row["metrics/mAP50-95(B)"]) for row in csv.DictReader(file)]
+    scores = score(weights, comparison, folder)
+    return {"arm": arm.name, "seed": seed, "seconds": seconds, "weights": str(weights), **scores, "curve": curve}
+
+
+def score(weights: Path | str, comparison: Comparison, folder: Path) -> dict[str, Any]:
+    """Return mAP50-95, mAP50 and mAP50-95 by class of a checkpoint on the chosen split."""
+    arguments = {
+        k: v for k, v in comparison.arguments.items() if k in {"data", "imgsz", "batch", "device", "single_cls"}
+    }
+    place = {"project": str(folder), "name": "score", "exist_ok": True, "plots": False, "verbose": False}
+    metrics = YOLO(weights).val(split=comparison.split, **arguments, **place)
+    box = metrics.box
+    classes = {metrics.names[c]: float(box.maps[c]) for c in box.ap_class_index}
+    return {"map50_95": float(box.map), "map50": float(box.map50), "classes": classes}
+
+
+def _classes_of_data(comparison: Comparison) -> dict[int, str]:
+    data = comparison.arguments["data"]
+    try:
+        names: dict[int, str] = check_det_dataset(data, split=comparison.split)["names"]
+    except Exception as error:
+        raise ConfigError(f"data={data}: {first_line(error)}; give the path of a data set's YAML file") from error
+    return names
+
+
+def score_teacher(comparison: Comparison, classes: dict[int, str]) -> None:
+    """Score the teacher once, or note that it has no score because its classes are not those of the data."""
+    file = comparison.result_file("teacher")
+    with _locked(comparison, "teacher", wait=True):
+        if not file.exists():
+            fits = YOLO(comparison.teacher).names == classes
+            folder = comparison.folder / "runs" / "teacher"
+            scores = score(comparison.teacher, comparison, folder) if fits else None
+            write_whole(file, json.dumps(scores))

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What a comparison has shown: statistics over seeds, a table in four formats, and three pictures.
+
+Differences to `plain` are paired: both trainings of a seed share their initial weights and the order of their images,
+and what is left of luck shows in the spread of the differences. The 95 % interval is Student's t over the seeds,
+`mean +- t(0.975, n - 1) * sd / sqrt(n)`, which takes the differences as normally distributed; one seed gives none.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+import ultralytics
+from scipy.stats import t as student_t
+
+from yolo_cwd import __version__
+
+BASELINE = "plain"
+COLOURS = (
+    "#000000",
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)  # told apart by colour-blind eyes
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that nobody, not even after a kill, sees a part of it."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
+
+
+def paired_interval(differences: list[float]) -> tuple[float, float] | None:
+    """Return the 95 % confidence interval of the mean of paired differences, or None for fewer than two.
+
+    Args:
+        differences: One difference a seed.
+    """
+    n = len(differences)
+    if n < 2:
+        return None
+    half = float(student_t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
+    mean = statistics.fmean(differences)
+    return mean - half, mean + half
+
+
+def load_results(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Return the teacher's scores, if known, and the scores of all complete runs."""
+    files = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted((folder / "results").glob("*.json"))}
+    return files.pop("teacher", None), list(files.values())
+
+
+def summarize(arms: list[str], teacher: dict[str, Any] | None, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the statistics of a comparison.
+
+    Args:
+        arms: Names in the order to show them.
+        teacher: The teacher's scores.
+        results: The scores of the complete runs.
+
+    Returns:
+        For each arm the number of runs, mean and standard deviation of mAP50-95 (0 to 1), mean mAP50, the paired
+        difference to `plain` with its interval, the share of the gap to the teacher that it closes, the ratio of its
+        training time to `plain`'s, and the gain by class; and a verdict on the teacher.
+    """
+    by_arm = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for arm in arms}
+    base = by_arm.get(BASELINE, {})
+    lines = {arm: _arm_statistics(runs, base, teacher) for arm, runs in by_arm.items() if runs}
+    return {
+        "arms": lines,
+        "teacher": teacher,
+        "verdict": verdict(teacher, lines.get(BASELINE)),
+        "versions": {"yolo_cwd": __version__, "ultralytics": ultralytics.__version__, "torch": torch.__version__},
+    }
+
+
+def _arm_statistics(
+    runs: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], teacher: dict[str, Any] | None
+) -> dict[str, Any]:
+    scores = [r["map50_95"] for r in runs.values()]
+    shared = sorted(runs.keys() & base.keys())
+    differences = [runs[s]["map50_95"] - base[s]["map50_95"] for s in shared]
+    gap = teacher["map50_95"] - statistics.fmean(base[s]["map50_95"] for s in shared) if teacher and shared else 0.0
+    classes = sorted({c for s in shared for c in runs[s]["classes"].keys() & base[s]["classes"].keys()})
+    return {
+        "runs": len(runs),
+        "seeds": sorted(runs),
+        "map50_95": statistics.fmean(scores),
+        "sd": statistics.stdev(scores) if len(scores) > 1 else None,
+        "map50": statistics.fmean(r["map50"] for r in runs.values()),
+        "difference": statistics.fmean(differences) if differences else None,
+        "interval": paired_interval(differences),
+        "gap_closed": statistics.fmean(differences) / gap if differences and gap > 0 else None,
+        "time_ratio": _ratio([runs[s]["seconds"] for s in shared], [base[s]["seconds"] for s in shared]),
+        "class_gains": {
+            c: statistics.fmean(runs[s]["classes"].get(c, 0.0) - base[s]["classes"].get(c, 0.0) for s in shared)
+            for c in classes
+        },
+    }
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float | None:
+    return sum(ours) / sum(theirs) if theirs else None
+
+
+def verdict(teacher: dict[str, Any] | None, plain: dict[str, Any] | None) -> str:
+    """Say in plain words whether this teacher has anything to teach."""
+    if plain is None:
+        return "Without an arm named plain there is nothing to compare with."
+    if teacher is None:
+        return "The teacher has no score here: its classes are not those of the data."
+    lead = 100 * (teacher["map50_95"] - plain["map50_95"])
+    if lead <= 0:
+        return f"The teacher is not better than the plain student ({lead:+.1f} points): it has nothing to teach here."
+    return f"The teacher leads the plain student by {lead:.1f} points of mAP50-95."
+
+
+def write_summary(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write the summary of a comparison's complete runs in all its forms, and return it.
+
+    Args:
+        folder: The comparison's folder.
+        record: What is compared, as `comparison.yaml` holds it.
+    """
+    teacher, results = load_results(folder)
+    summary = {"comparison": record, **summarize(list(record["arms"]), teacher, results)}
+    lines = table(summary)
+    write_whole(folder / "summary.json", json.dumps({**summary, "runs": results}, indent=1))
+    write_whole(folder / "summary.csv", _csv(results))
+    write_whole(folder / "summary.md", _markdown(lines, summary))
+    _draw(folder, summary, results)
+    return summary
+
+
+def _points(value: float | None, form: str = "+.1f") -> str:
+    return "" if value is None else format(100 * value, form)
+
+
+def table(summary: dict[str, Any]) -> list[list[str]]:
+    """Return the table of a summary, header first: mAP in points (0 to 100), times relative to `plain`."""
+    header = ["arm", "runs", "mAP50-95", "sd", "mAP50", "vs plain", "95 % interval", "gap closed", "time"]
+    lines = [header]
+    if teacher := summary["teacher"]:
+        lines.append(
+            ["teacher", "", _points(teacher["map50_95"], ".1f"), "", _points(teacher["map50"], ".1f"), *[""] * 4]
+        )
+    for name, arm in summary["arms"].items():
+        compared = name != BASELINE and arm["difference"] is not None
+        interval = arm["interval"] if compared else None
+        lines.append(
+            [
+                name,
+                str(arm["runs"]),
+                _points(arm["map50_95"], ".1f"),
+                _points(arm["sd"], ".1f"),
+                _points(arm["map50"], ".1f"),
+                _points(arm["difference"]) if compared else "",
+                f"{_points(interval[0])} to {_points(interval[1])}" if interval else "",
+                f"{arm['gap_closed']:.0%}" if compared and arm["gap_closed"] is not None else "",
+                f"{arm['time_ratio']:.2f}x" if arm["time_ratio"] else "",
+            ]
+        )
+    return lines
+
+
+def as_text(lines: list[list[str]]) -> str:
+    """Return a table's lines as aligned text."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def _csv(results: list[dict[str, Any]]) -> str:
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["arm", "seed", "mAP50-95", "mAP50", "seconds"])
+    for r in results:
+        writer.writerow([r["arm"], r["seed"], f"{r['map50_95']:.5f}", f"{r['map50']:.5f}", f"{r['seconds']:.1f}"])
+    return stream.getvalue()
+
+
+def _markdown(lines: list[list[str]], summary: dict[str, Any]) -> str:
+    header, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    gains = [
+        f"- {name}: " + ", ".join(f"{c} {_points(g)}" for c, g in arm["class_gains"].items())
+        for name, arm in summary["arms"].items()
+        if name != BASELINE and arm["class_gains"]
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    parts = [
+        "\n".join([header, "|---" * len(lines[0]) + "|", *body]),
+        summary["verdict"],
+        "Points of mAP50-95 by class against plain:\n\n" + "\n".join(gains) if gains else "",
+        "Differences are paired over seeds; the interval is Student's t over them. Time is relative to plain.",
+        f"Measured with {versions}.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _draw(folder: Path, summary: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Draw the curves, the final scores, and the gains by class."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    colours = dict(zip(summary["arms"], COLOURS * len(summary["arms"]), strict=False))
+    for name, draw in {"curves": _draw_curves, "scores": _draw_scores, "classes": _draw_classes}.items():
+        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        draw(axes, summary, results, colours)
+        axes.grid(alpha=0.3)
+        unfinished = folder / f".{name}.{os.getpid()}.png"
+        figure.savefig(unfinished, dpi=120)
+        unfinished.replace(folder / f"{name}.png")
+        plt.close(figure)
+
+
+def _draw_curves(axes: Any, summary: dict[str, Any], results: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    for name in summary["arms"]:
+        curves = [r["curve"] for r in results if r["arm"] == name]
+        epochs = range(1, min(map(len, curves)) + 1)
+        at = [[100 * curve[e - 1] for curve in curves] for e in epochs]
+        axes.plot(epochs, [statistics.fmean(x) for x in at], color=colours[name], label=name)
+        axes.fill_between(epochs, [min(x) for x in at], [max(x) for x in at], color=colours[name], alpha=0.15, lw=0)
+    axes.set(xlabel="epoch", ylabel="mAP50-95 on the val split (points)", title="Mean over seeds; band: least to most")
+    axes.legend()
+
+
+def _draw_scores(axes: Any, summary: dict[str, Any], results: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    for position, (name, arm) in enumerate(summary["arms"].items()):
+        scores = [100 * r["map50_95"] for r in results if r["arm"] == name]
+        axes.plot([position] * len(scores), scores, "o", color=colours[name], alpha=0.6)
+        axes.plot([position - 0.25, position + 0.25], [100 * arm["map50_95"]] * 2, color=colours[name], lw=2)
+    axes.set_xticks(range(len(summary["arms"])), list(summary["arms"]))
+    if teacher := summary["teacher"]:
+        axes.axhline(100 * teacher["map50_95"], color="0.4", ls="--", label="teacher")
+        axes.legend()
+    axes.set(ylabel="mAP50-95 (points)", title="One dot a seed; line: mean")
+
+
+def _draw_classes(axes: Any, summary: dict[str, Any], results: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    shown = {
+        name: arm["class_gains"] for name, arm in summary["arms"].items() if name != BASELINE and arm["class_gains"]
+    }
+    classes = sorted({c for gains in shown.values() for c in gains})
+    width = 0.8 / max(len(shown), 1)
+    for number, (name, gains) in enumerate(shown.items()):
+        places = [i + (number - (len(shown) - 1) / 2) * width for i in range(len(classes))]
+        axes.bar(places, [100 * gains.get(c, 0.0) for c in classes], width, color=colours[name], label=name)
+    axes.axhline(0, color="0.4", lw=1)
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set(ylabel="difference to plain (points of mAP50-95)", title="Gain by class, mean over seeds")
+    if shown:
+        axes.legend()

@@ -80,6 +80,9 @@ class Comparison:
         Raises:
             ConfigError: If one of them cannot be used.
         """
+        for name, remedy in {"seed": "seeds", "project": "folder", "name": "folder", "resume": "folder"}.items():
+            if name in words:
+                raise ConfigError(f"{name}={words[name]}: every run of a comparison has its own; use {remedy}=")
         own = {name: words[name] for name in OWN_ARGUMENTS & words.keys()}
         shared = {name: value for name, value in words.items() if name not in OWN_ARGUMENTS}
         options, arguments = split_options(shared)

@@ -44,6 +44,7 @@ class CWDTrainer(DetectionTrainer):
         cwd: The checked options.
         teacher: The frozen teacher.
         levels: The distilled levels, finest first; known once the student is built.
+        level_weights: The weight of each of them, before the overall weight.
         adapters: One module a level, from student to teacher channels, trained with the student.
         criterion: The student's criterion, once the training has begun.
 
@@ -85,6 +86,7 @@ class CWDTrainer(DetectionTrainer):
             arguments["data"] = str(digits.build())
 
         self.levels: list[Level] = []
+        self.level_weights: list[float] = []
         self.adapters = nn.ModuleList()
         self.criterion: CWDLoss | None = None
         self._made_folders = _missing_folders(get_save_dir(args)) if RANK in {-1, 0} else []
@@ -100,6 +102,7 @@ class CWDTrainer(DetectionTrainer):
             raise ConfigError(f"{reason}; give an existing .pt checkpoint or .yaml model of a detector") from error
         student = pyramid_taps(self.model, f"student={self.args.model}")
         self.levels = match_levels(student, self.teacher.taps, self.cwd.levels)
+        self.level_weights = self.cwd.weights_of([level.name for level in self.levels])
         if self.teacher.image_channels != self.data["channels"]:
             raise ConfigError(
                 f"{self.teacher.argument}: takes images of {self.teacher.image_channels} channels, data="
@@ -122,14 +125,13 @@ class CWDTrainer(DetectionTrainer):
     def _setup_train(self) -> None:
         with self._leaving_nothing_behind():
             super()._setup_train()
-            level_weights = self.cwd.weights_of([level.name for level in self.levels])
         student = unwrap_model(self.model)
         self.criterion = student.criterion = CWDLoss(
             getattr(student, "criterion", None) or student.init_criterion(),
             teacher=self.teacher,
             adapters=self.adapters,
             levels=self.levels,
-            level_weights=level_weights,
+            level_weights=self.level_weights,
             tau=self.cwd.tau,
             normalize=self.cwd.normalize,
         )

@@ -207,6 +207,13 @@ def test_table_and_files(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob(".*")) == []
 
 
+def test_epochs_without_validation_are_not_drawn_as_zero(words: dict[str, Any]) -> None:
+    compare.run({**words, "arms": "plain", "seeds": 1, "val": False})
+    folder = Path(words["folder"])
+    assert json.loads((folder / "results" / "plain-0.json").read_text())["curve"] == []
+    assert (folder / "curves.png").exists()
+
+
 def test_a_teacher_of_the_same_classes_is_scored(words: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     compare.run({**words, "arms": "plain", "seeds": 1})
     first = Path(words["folder"]) / "runs" / "plain-0" / "weights" / "best.pt"

@@ -295,10 +295,14 @@ def train_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
     trainer.train()
     seconds = time.perf_counter() - begin
     weights = trainer.best if trainer.best.exists() else trainer.last
-    with trainer.csv.open(encoding="utf-8") as file:
-        curve = [float(row["metrics/mAP50-95(B)"]) for row in csv.DictReader(file)]
     scores = score(weights, comparison, folder)
+    curve = _curve(trainer.csv) if trainer.args.val else []
     return {"arm": arm.name, "seed": seed, "seconds": seconds, "weights": str(weights), **scores, "curve": curve}
+
+
+def _curve(results: Path) -> list[float]:
+    with results.open(encoding="utf-8") as file:
+        return [float(row["metrics/mAP50-95(B)"]) for row in csv.DictReader(file)]
 
 
 def score(weights: Path | str, comparison: Comparison, folder: Path) -> dict[str, Any]:

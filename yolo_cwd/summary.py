@@ -232,13 +232,16 @@ def _draw(folder: Path, summary: dict[str, Any], results: list[dict[str, Any]]) 
 
 def _draw_curves(axes: Any, summary: dict[str, Any], results: list[dict[str, Any]], colours: dict[str, str]) -> None:
     for name in summary["arms"]:
-        curves = [r["curve"] for r in results if r["arm"] == name]
+        curves = [r["curve"] for r in results if r["arm"] == name and r["curve"]]
+        if not curves:  # trained with val=False
+            continue
         epochs = range(1, min(map(len, curves)) + 1)
         at = [[100 * curve[e - 1] for curve in curves] for e in epochs]
         axes.plot(epochs, [statistics.fmean(x) for x in at], color=colours[name], label=name)
         axes.fill_between(epochs, [min(x) for x in at], [max(x) for x in at], color=colours[name], alpha=0.15, lw=0)
     axes.set(xlabel="epoch", ylabel="mAP50-95 on the val split (points)", title="Mean over seeds; band: least to most")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
 
 
 def _draw_scores(axes: Any, summary: dict[str, Any], results: list[dict[str, Any]], colours: dict[str, str]) -> None:

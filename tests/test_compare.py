@@ -71,6 +71,7 @@ def test_seeds() -> None:
         ({"split": "half"}, "split=half: must be one of"),
         ({"arms": "cwd:tau=0"}, "tau=0: must be a number above 0"),
         ({"epoch": 3}, "did you mean epochs"),
+        ({"epochs": "many"}, "epochs=many"),
         ({"seed": 3}, "seed=3: every run of a comparison has its own; use seeds="),
     ],
 )

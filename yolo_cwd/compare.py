@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import yaml
 from filelock import FileLock, Timeout
 from ultralytics import YOLO
-from ultralytics.cfg import DEFAULT_CFG_DICT, get_save_dir, smart_value
+from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg, get_save_dir, smart_value
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import LOGGER, colorstr
@@ -87,6 +87,10 @@ class Comparison:
         shared = {name: value for name, value in words.items() if name not in OWN_ARGUMENTS}
         options, arguments = split_options(shared)
         check_names(arguments, {*DEFAULT_CFG_DICT, *EXTRA_ARGUMENTS, *OWN_ARGUMENTS})
+        try:
+            get_cfg(overrides={**arguments})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(first_line(error)) from error
         teacher = Settings.parse(options).teacher
         student = options.pop("student", None) or arguments.pop("model", None)
         if not student:

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Sets up and runs the demonstration: teacher, plain student and distilled student on handwritten digits.
 set -euo pipefail
-echo "Setting up .venv (the first time takes a few minutes) ..."
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh" ""
 .venv/bin/yolo_cwd demo

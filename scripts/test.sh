@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Sets up and runs the tests; arguments go to pytest, such as: scripts/test.sh -m slow
 set -euo pipefail
-echo "Setting up .venv (the first time takes a few minutes) ..."
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh" "[dev]"
 .venv/bin/python -m pytest -q "$@"

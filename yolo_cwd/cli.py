@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from yolo_cwd import __version__
-from yolo_cwd.config import OPTIONS, ConfigError
+from yolo_cwd.config import OPTIONS, ConfigError, first_line
 
 HELP = """\
 yolo_cwd: a small YOLO detector learns from a larger one while it trains (channel-wise distillation)
@@ -105,7 +105,6 @@ def demo(words: list[str]) -> None:
 def train(words: list[str]) -> None:
     """Train a student under a teacher."""
     overrides = parse(words)
-    from yolo_cwd.fpn import first_line
     from yolo_cwd.trainer import CWDTrainer
 
     trainer = None

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -34,8 +35,17 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import LOGGER, colorstr
 
 from yolo_cwd import digits
-from yolo_cwd.config import OPTIONS, ConfigError, Settings, check_names, split_options, with_suffix
-from yolo_cwd.fpn import first_line, load_teacher
+from yolo_cwd.config import (
+    OPTIONS,
+    ConfigError,
+    Settings,
+    check_names,
+    first_line,
+    split_options,
+    unusable_data,
+    with_suffix,
+)
+from yolo_cwd.fpn import load_teacher
 from yolo_cwd.summary import as_text, table, write_summary, write_whole
 from yolo_cwd.trainer import EXTRA_ARGUMENTS, CWDTrainer
 
@@ -204,8 +214,7 @@ def run(words: dict[str, Any]) -> dict[str, Any]:
     """
     comparison = Comparison.parse(words)
     load_teacher(comparison.teacher)
-    if comparison.arguments["data"] == digits.NAME:
-        comparison.arguments["data"] = str(digits.build())
+    comparison.arguments["data"] = digits.resolve(comparison.arguments["data"])
     classes = _classes_of_data(comparison)
     _claim_folder(comparison)
     score_teacher(comparison, classes)
@@ -265,21 +274,13 @@ def _train_if_free(comparison: Comparison, arm: Arm, seed: int) -> bool:
 
 def _progress(comparison: Comparison, name: str) -> str:
     runs = list(comparison.runs())
-    seconds = {
-        _name(arm, seed): json.loads(comparison.result_file(_name(arm, seed)).read_text())["seconds"]
-        for arm, seed in runs
-        if _done(comparison, arm, seed)
-    }
-    text = f"run {len(seconds) + 1} of {len(runs)} ({name})"
-    if not seconds:
+    done = [json.loads(comparison.result_file(_name(*run)).read_text()) for run in runs if _done(comparison, *run)]
+    text = f"run {len(done) + 1} of {len(runs)} ({name})"
+    if not done:
         return text
-    by_arm = {arm.name: [s for n, s in seconds.items() if n.rpartition("-")[0] == arm.name] for arm in comparison.arms}
-    mean = sum(seconds.values()) / len(seconds)
-    left = sum(
-        sum(by_arm[arm.name]) / len(by_arm[arm.name]) if by_arm[arm.name] else mean
-        for arm, seed in runs
-        if _name(arm, seed) not in seconds
-    )
+    seconds = {arm.name: [r["seconds"] for r in done if r["arm"] == arm.name] for arm in comparison.arms}
+    of_all = [r["seconds"] for r in done]
+    left = sum(fmean(seconds[arm.name] or of_all) for arm, seed in runs if not _done(comparison, arm, seed))
     return f"{text}, about {left / 60:.0f} min left"
 
 
@@ -326,7 +327,7 @@ def _classes_of_data(comparison: Comparison) -> dict[int, str]:
     try:
         names: dict[int, str] = check_det_dataset(data, split=comparison.split)["names"]
     except Exception as error:
-        raise ConfigError(f"data={data}: {first_line(error)}; give the path of a data set's YAML file") from error
+        raise unusable_data(data, error) from error
     return names
 
 

@@ -24,6 +24,17 @@ class ConfigError(ValueError):
     """Input that cannot be used; its message is one line that names the argument, the value and the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".;") if lines else type(error).__name__
+
+
+def unusable_data(data: Any, error: BaseException) -> ConfigError:
+    """Return the error to raise for a data set that Ultralytics cannot use."""
+    return ConfigError(f"data={data}: {first_line(error)}; give the path of a data set's YAML file")
+
+
 class Option(NamedTuple):
     """One line of `cfg/default.yaml`."""
 

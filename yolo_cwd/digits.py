@@ -56,6 +56,11 @@ def build(root: Path | None = None, images: dict[str, int] | None = None, seed: 
     return folder / "digits.yaml"
 
 
+def resolve(data: Any) -> Any:
+    """Return the argument `data` as it is, but for `digits` the path of the data set, built where needed."""
+    return str(build()) if data == NAME else data
+
+
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yolo_cwd"
 

@@ -17,7 +17,7 @@ from ultralytics.nn.modules.head import Detect, v10Detect
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 from ultralytics.utils.checks import check_model_file_from_stem
 
-from yolo_cwd.config import ConfigError, level_name
+from yolo_cwd.config import ConfigError, first_line, level_name
 
 LETTERBOX_GRAY = 114 / 255  # the value Ultralytics pads its images with
 
@@ -205,12 +205,6 @@ def _load(path: str, argument: str) -> nn.Module:
     except Exception as error:
         raise ConfigError(f"{argument}: {first_line(error)}; give an existing .pt checkpoint of a detector") from error
     raise ConfigError(f"{argument}: the suffix {suffix} is none of .pt, .yaml; give a checkpoint or a model file")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".;") if lines else type(error).__name__
 
 
 def build_adapters(levels: list[Level], kind: str) -> nn.ModuleList:

@@ -36,10 +36,10 @@ COLOURS = (
 )  # told apart by colour-blind eyes
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file so that nobody, not even after a kill, sees a part of it."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     unfinished.replace(file)
 
 
@@ -224,9 +224,9 @@ def _draw(folder: Path, summary: dict[str, Any], results: list[dict[str, Any]]) 
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
         draw(axes, summary, results, colours)
         axes.grid(alpha=0.3)
-        unfinished = folder / f".{name}.{os.getpid()}.png"
-        figure.savefig(unfinished, dpi=120)
-        unfinished.replace(folder / f"{name}.png")
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120)
+        write_whole(folder / f"{name}.png", picture.getvalue())
         plt.close(figure)
 
 

@@ -27,8 +27,8 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK, YAML, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_cwd import digits
-from yolo_cwd.config import ConfigError, Settings, check_names, split_options, with_suffix
-from yolo_cwd.fpn import Level, build_adapters, first_line, load_teacher, match_levels, pyramid_taps
+from yolo_cwd.config import ConfigError, Settings, check_names, first_line, split_options, unusable_data, with_suffix
+from yolo_cwd.fpn import Level, build_adapters, load_teacher, match_levels, pyramid_taps
 from yolo_cwd.loss import CWDLoss
 
 STUDENT_CLIP_NORM = 10.0  # what Ultralytics clips the student's gradient norm to
@@ -82,8 +82,7 @@ class CWDTrainer(DetectionTrainer):
         args = get_cfg(base, {**arguments})
         _refuse_unsupported(args)
         self.teacher = load_teacher(self.cwd.teacher)
-        if arguments.get("data", base["data"]) == digits.NAME:
-            arguments["data"] = str(digits.build())
+        arguments["data"] = digits.resolve(arguments.get("data", base["data"]))
 
         self.levels: list[Level] = []
         self.level_weights: list[float] = []
@@ -176,8 +175,7 @@ class CWDTrainer(DetectionTrainer):
         try:
             return super().get_dataset()
         except RuntimeError as error:
-            reason = first_line(error.__cause__ or error)
-            raise ConfigError(f"data={self.args.data}: {reason}; give the path of a data set's YAML file") from error
+            raise unusable_data(self.args.data, error.__cause__ or error) from error
 
     def save_model(self) -> Any:
         """Write the checkpoints, with the optimizer's state of the student alone."""

@@ -65,8 +65,12 @@ def test_seeds() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"student": None}, "student: missing"),
-        ({"data": None}, "data: missing"),
+        ({"student": None}, "student=None: missing"),
+        ({"model": "yolov8s.yaml"}, "model=yolov8s.yaml names another one"),
+        ({"data": None}, "data=None: missing"),
+        ({"device": "0,1"}, "device=0,1: "),
+        ({"batch": -1}, "batch=-1: "),
+        ({"arms": "plain,cwd:batch=0"}, "batch=0: "),
         ({"teacher": None}, "teacher: missing"),
         ({"split": "half"}, "split=half: must be one of"),
         ({"arms": "cwd:tau=0"}, "tau=0: must be a number above 0"),

@@ -43,11 +43,10 @@ from yolo_cwd.config import (
     first_line,
     split_options,
     unusable_data,
-    with_suffix,
 )
 from yolo_cwd.fpn import load_teacher
 from yolo_cwd.summary import as_text, table, write_summary, write_whole
-from yolo_cwd.trainer import EXTRA_ARGUMENTS, CWDTrainer
+from yolo_cwd.trainer import EXTRA_ARGUMENTS, CWDTrainer, refuse_unsupported, student_path
 
 METHODS = ("plain", "cwd", "builtin")
 OWN_ARGUMENTS = {"arms", "seeds", "split", "folder"}
@@ -97,27 +96,22 @@ class Comparison:
         shared = {name: value for name, value in words.items() if name not in OWN_ARGUMENTS}
         options, arguments = split_options(shared)
         check_names(arguments, {*DEFAULT_CFG_DICT, *EXTRA_ARGUMENTS, *OWN_ARGUMENTS})
-        try:
-            get_cfg(overrides={**arguments})
-        except (TypeError, ValueError) as error:
-            raise ConfigError(first_line(error)) from error
+        student = student_path(options.pop("student", None), arguments.pop("model", None), None)
+        _check(arguments)
         teacher = Settings.parse(options).teacher
-        student = options.pop("student", None) or arguments.pop("model", None)
-        if not student:
-            raise ConfigError("student: missing; name the model to train, such as student=yolov8n.yaml")
-        if not arguments.get("data"):
-            raise ConfigError("data: missing; give a data set, such as data=my.yaml or data=digits")
         options.pop("teacher", None)
         arms = parse_arms(own.get("arms", ",".join(METHODS)))
         for arm in arms:
-            Settings.parse({**options, **split_options(arm.arguments)[0], "teacher": teacher})
+            arm_options, arm_arguments = split_options(arm.arguments)
+            Settings.parse({**options, **arm_options, "teacher": teacher})
+            _check({**arguments, **arm_arguments})
         folder = own.get("folder") or get_save_dir(
             SimpleNamespace(project="", task="detect", name="compare", mode="train", exist_ok=True)
         )
         split = own.get("split", SPLITS[0])
         if split not in SPLITS:
             raise ConfigError(f"split={split}: must be one of {', '.join(SPLITS)}")
-        shared = {**arguments, **options, "model": with_suffix(str(student))}
+        shared = {**arguments, **options, "model": student}
         return cls(Path(folder).resolve(), str(teacher), shared, arms, parse_seeds(own.get("seeds", 3)), split)
 
     def runs(self) -> Iterator[tuple[Arm, int]]:
@@ -139,6 +133,13 @@ class Comparison:
             "arguments": self.arguments,
             "arms": {arm.name: {"method": arm.method, **arm.arguments} for arm in self.arms},
         }
+
+
+def _check(arguments: dict[str, Any]) -> None:
+    try:
+        refuse_unsupported(get_cfg(overrides={**arguments}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(first_line(error)) from error
 
 
 def parse_seeds(value: Any) -> tuple[int, ...]:

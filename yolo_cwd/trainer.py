@@ -77,10 +77,10 @@ class CWDTrainer(DetectionTrainer):
         check_names(base | arguments, DEFAULT_CFG_DICT.keys() | EXTRA_ARGUMENTS)
 
         base = {**DEFAULT_CFG_DICT, **base}
-        arguments["model"] = _student(options.pop("student", None), arguments.get("model"), base["model"])
+        arguments["model"] = student_path(options.pop("student", None), arguments.get("model"), base["model"])
         self.cwd = Settings.parse(options)
         args = get_cfg(base, {**arguments})
-        _refuse_unsupported(args)
+        refuse_unsupported(args)
         self.teacher = load_teacher(self.cwd.teacher)
         arguments["data"] = digits.resolve(arguments.get("data", base["data"]))
 
@@ -221,8 +221,12 @@ def _missing_folders(path: Path) -> list[Path]:
     return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
-def _student(student: Any, model: Any, default: Any) -> str:
-    """Return the student's path from its two names, `student` and Ultralytics' `model`."""
+def student_path(student: Any, model: Any, default: Any) -> str:
+    """Return the student's path from its two names, `student` and Ultralytics' `model`.
+
+    Raises:
+        ConfigError: If both are given and differ, or if there is none.
+    """
     if student and model and str(student) != str(model):
         raise ConfigError(f"student={student}: model={model} names another one; give one of the two")
     chosen = student or model or default
@@ -231,7 +235,7 @@ def _student(student: Any, model: Any, default: Any) -> str:
     return with_suffix(str(chosen))
 
 
-def _refuse_unsupported(args: Any) -> None:
+def refuse_unsupported(args: Any) -> None:
     """Refuse the Ultralytics arguments that make no sense beside a teacher.
 
     Raises:

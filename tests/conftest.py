@@ -30,6 +30,7 @@ SHORT = {
     "device": "cpu",
     "verbose": False,
 }
+TAUGHT = {"teacher": "yolov8s.yaml", "teacher_dtype": "fp32"}
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +58,7 @@ def train(data: str, tmp_path: Path) -> Callable[..., CWDTrainer]:
     def run(**overrides: Any) -> CWDTrainer:
         callbacks = overrides.pop("callbacks", {})
         project = str(tmp_path / "runs")
-        trainer = CWDTrainer(
-            overrides={"teacher": "yolov8s.yaml", **SHORT, "data": data, "project": project, **overrides}
-        )
+        trainer = CWDTrainer(overrides={**TAUGHT, **SHORT, "data": data, "project": project, **overrides})
         for event, callback in callbacks.items():
             trainer.add_callback(event, callback)
         trainer.train()

@@ -14,7 +14,8 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_cwd import ConfigError, CWDLoss, CWDTrainer
-from yolo_cwd.fpn import load_teacher, student_features
+from yolo_cwd.fpn import student_features
+from yolo_cwd.teacher import load_teacher
 
 Train = Callable[..., CWDTrainer]
 TERMS = ["P3_loss", "P4_loss", "P5_loss", "cwd_loss"]
@@ -56,9 +57,9 @@ def test_the_student_moves_to_the_teachers_maps(train: Train, checkpoints: Path,
     def distance(cwd: float) -> float:
         trainer = train(teacher=str(checkpoints / "small.pt"), adapter="identity", cwd=cwd, epochs=4, seed=5)
         student = trainer.model.train()
-        criterion = CWDLoss(None, teacher, trainer.adapters, trainer.levels)
+        criterion = CWDLoss(None, trainer.adapters, trainer.levels)
         with torch.no_grad():
-            return sum(x.item() for x in criterion.divergences(student_features(student(images)), images))
+            return sum(x.item() for x in criterion.divergences(student_features(student(images)), teacher(images)))
 
     alone, taught = distance(0.0), distance(50.0)
     assert taught < 0.7 * alone
@@ -230,7 +231,7 @@ def test_mixed_precision(train: Train, monkeypatch: pytest.MonkeyPatch, normaliz
     seen: set[torch.dtype] = set()
 
     def note(trainer: CWDTrainer) -> None:
-        trainer.teacher.register_forward_hook(lambda module, inputs, maps: seen.add(maps[0].dtype))
+        trainer.adapters[0].register_forward_hook(lambda module, inputs, maps: seen.add(maps.dtype))
 
     monkeypatch.setattr(
         "ultralytics.engine.trainer.autocast", lambda *a, **k: torch.autocast("cpu", dtype=torch.bfloat16)
@@ -239,6 +240,41 @@ def test_mixed_precision(train: Train, monkeypatch: pytest.MonkeyPatch, normaliz
     assert seen == {torch.bfloat16}
     assert 0 < rows(trainer)[0]["train/cwd_loss"] < 1e3
     assert {p.dtype for p in trainer.adapters.parameters()} == {torch.float32}
+
+
+def test_the_teacher_chooses_its_precision(train: Train) -> None:
+    trainer = train(teacher_dtype="bf16")
+    assert {p.dtype for p in trainer.teacher.parameters()} == {torch.bfloat16}
+    assert yaml.safe_load((trainer.save_dir / "cwd.yaml").read_text())["teacher_dtype"] == "bf16"
+    assert train(teacher_dtype="auto").teacher.precision.error < 0.02
+
+
+def test_distilling_every_other_batch(train: Train) -> None:
+    """Two batches an epoch: the teacher sees one of them, with twice the weight."""
+    seen: list[int] = []
+    terms: list[float] = []
+
+    def note(trainer: CWDTrainer) -> None:
+        trainer.teacher.register_forward_hook(lambda module, images, maps: seen.append(len(images[0])))
+
+    def read(trainer: CWDTrainer) -> None:
+        terms.append(float(trainer.loss_items["cwd_loss"]))
+
+    callbacks = {"on_train_start": note, "on_train_batch_end": read}
+    train(cwd_every=2, epochs=2, callbacks=callbacks)
+    assert seen == [4, 4]
+    assert [term > 0 for term in terms] == [True, False, True, False]
+    every_other = terms[0]
+    terms.clear()
+    train(callbacks={"on_train_batch_end": read})
+    assert every_other == pytest.approx(2 * terms[0], rel=1e-5)
+
+
+def test_a_resting_teacher_costs_nothing(train: Train) -> None:
+    def refuse(trainer: CWDTrainer) -> None:
+        trainer.teacher.body = None
+
+    train(cwd=0, callbacks={"on_train_start": refuse})
 
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], Callable[[CWDTrainer], bool]]] = {

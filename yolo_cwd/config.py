@@ -18,6 +18,7 @@ import yaml
 
 SCHEDULES = ("constant", "linear", "cosine")
 ADAPTERS = ("conv", "identity")
+TEACHER_DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
 class ConfigError(ValueError):
@@ -73,6 +74,8 @@ class Settings:
         cwd_warmup: Epochs of linear rise, at least 0.
         normalize: Whether both sides are standardized per channel before the softmax.
         adapter: One of `ADAPTERS`.
+        teacher_dtype: One of `TEACHER_DTYPES`.
+        cwd_every: Distil every so many batches, at least 1.
     """
 
     teacher: Any
@@ -85,6 +88,8 @@ class Settings:
     cwd_warmup: float
     normalize: bool
     adapter: str
+    teacher_dtype: str
+    cwd_every: int
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Settings:
@@ -108,6 +113,8 @@ class Settings:
             cwd_warmup=_number("cwd_warmup", value["cwd_warmup"]),
             normalize=_choice("normalize", value["normalize"], (True, False)),
             adapter=_choice("adapter", value["adapter"], ADAPTERS),
+            teacher_dtype=_choice("teacher_dtype", value["teacher_dtype"], TEACHER_DTYPES),
+            cwd_every=_count("cwd_every", value["cwd_every"]),
         )
 
     def weight(self, epoch: int, epochs: int) -> float:
@@ -184,6 +191,12 @@ def _number(name: str, value: Any, zero: bool = True, most: float = math.inf) ->
         upper = f" and at most {most:g}" if most < math.inf else ""
         raise ConfigError(f"{name}={value}: must be a number {bound}{upper}, such as {name}={_example(name)}")
     return float(value)
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name}={value}: must be a whole number of at least 1, such as {name}={_example(name)}")
+    return value
 
 
 def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:

@@ -1,25 +1,18 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Where features are taken: the pyramid levels of a detector, the frozen teacher, and the adapters between the two.
+"""Where features are taken: the pyramid levels of a detector, and the adapters from student to teacher.
 
 The inputs of a YOLO detection head are the outputs of its neck, the feature pyramid (FPN), one map for each stride.
 """
 
 from __future__ import annotations
 
-from copy import deepcopy
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from ultralytics.nn.modules.head import Detect, v10Detect
-from ultralytics.nn.tasks import DetectionModel, load_checkpoint
-from ultralytics.utils.checks import check_model_file_from_stem
 
-from yolo_cwd.config import ConfigError, first_line, level_name
-
-LETTERBOX_GRAY = 114 / 255  # the value Ultralytics pads its images with
+from yolo_cwd.config import ConfigError, level_name
 
 
 class Tap(NamedTuple):
@@ -100,111 +93,6 @@ def student_features(preds: dict[str, Any]) -> list[Tensor]:
     """
     features: list[Tensor] = preds.get("one2many", preds)["feats"]
     return features
-
-
-class Teacher(nn.Module):
-    """A frozen detector without its head: images in, feature pyramid out.
-
-    Attributes:
-        taps: Inputs of the removed head by stride.
-        image_channels: Channels of the images it takes.
-        parameter_count: Parameters of the whole model, head included.
-    """
-
-    def __init__(self, model: nn.Module, argument: str = "teacher") -> None:
-        """Take a private copy of a detector, freeze it and cut its head off.
-
-        Args:
-            model: The detector; it stays as it is.
-            argument: What the user named it by, for messages.
-
-        Raises:
-            ConfigError: If the model is no detector.
-        """
-        super().__init__()
-        self.argument = argument
-        self.taps = pyramid_taps(model, argument)
-        self.parameter_count = sum(p.numel() for p in model.parameters())
-        self.image_channels = next(model.parameters()).shape[1]
-        self.body = _without_head(model).float().eval().requires_grad_(False)
-        self._grid = max(self.taps)
-
-    def train(self, mode: bool = True) -> Teacher:
-        """Stay in evaluation mode, whatever the mode of the training around it."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the maps [N, C, H/stride, W/stride] of images [N, C, H, W], finest level first.
-
-        Images whose size is no multiple of the coarsest stride are padded as Ultralytics pads them, and the maps cut
-        back: a student without a P6 may train at sizes that a teacher with one does not take.
-        """
-        height, width = images.shape[-2:]
-        padding = (0, -width % self._grid, 0, -height % self._grid)
-        maps: list[Tensor] = self.body(F.pad(images, padding, value=LETTERBOX_GRAY) if any(padding) else images)
-        if any(padding):
-            maps = [m[..., : height // s, : width // s] for m, s in zip(maps, self.taps, strict=True)]
-        return maps
-
-
-class _HeadInputs(nn.Module):
-    """Stands in the place of a detection head and returns what the head would have received."""
-
-    def __init__(self, head: Any) -> None:
-        super().__init__()
-        self.__dict__.update(f=head.f, i=head.i, type=head.type)  # how a YOLO model routes its layers
-
-    def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        return list(maps)
-
-
-def _without_head(model: nn.Module) -> nn.Module:
-    layers: Any = model.model
-    head = layers[-1]
-    layers[-1] = _HeadInputs(head)
-    try:
-        body = deepcopy(model)
-    finally:
-        layers[-1] = head
-    body.__dict__.pop("criterion", None)
-    return body
-
-
-def load_teacher(source: Any) -> Teacher:
-    """Return the frozen teacher named by the option `teacher`.
-
-    Args:
-        source: Path or known name of a .pt checkpoint (downloaded by Ultralytics where it knows it), path of a .yaml
-            model (untrained: for tests), a `YOLO`, or a `DetectionModel`.
-
-    Raises:
-        ConfigError: If there is no such file, if it cannot be read, or if it holds no detector.
-    """
-    if isinstance(source, str | Path):
-        argument = f"teacher={source}"
-        return Teacher(_load(str(source), argument), argument)
-    argument = f"teacher={type(source).__name__}"
-    model = source if isinstance(source, DetectionModel) else getattr(source, "model", None)
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"{argument}: not a model; give a name, a .pt or .yaml path, or a YOLO model")
-    return Teacher(model, argument)
-
-
-def _load(path: str, argument: str) -> nn.Module:
-    suffix = Path(path).suffix.lower()
-    try:
-        if suffix in {".yaml", ".yml"}:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model: nn.Module = DetectionModel(path, verbose=False)
-                return model
-        if suffix == ".pt":
-            model, _ = load_checkpoint(check_model_file_from_stem(path))
-            return model
-    except Exception as error:
-        raise ConfigError(f"{argument}: {first_line(error)}; give an existing .pt checkpoint of a detector") from error
-    raise ConfigError(f"{argument}: the suffix {suffix} is none of .pt, .yaml; give a checkpoint or a model file")
 
 
 def build_adapters(levels: list[Level], kind: str) -> nn.ModuleList:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from yolo_cwd.fpn import Level, Teacher, student_features
+from yolo_cwd.fpn import Level, student_features
 
 
 def channel_wise_divergence(student: Tensor, teacher: Tensor, tau: float = 1.0) -> Tensor:
@@ -34,10 +35,29 @@ def channel_wise_divergence(student: Tensor, teacher: Tensor, tau: float = 1.0) 
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student maps {tuple(student.shape)} and teacher maps {tuple(teacher.shape)} differ in shape")
-    log_q = _log_distribution(student, tau)
-    log_p = _log_distribution(teacher.detach(), tau)
-    divergence = F.kl_div(log_q, log_p, log_target=True, reduction="sum").clamp_min(0)  # rounding can leave -1e-9
-    return divergence * (tau**2 / (student.shape[0] * student.shape[1]))
+    divergence: Tensor = _Divergence.apply(student, teacher.detach(), tau)
+    return divergence
+
+
+class _Divergence(torch.autograd.Function):
+    """The divergence with its derivative in closed form, tau * (q - p) / (N C): one saved tensor instead of four."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+        log_q, log_p = _log_distribution(student, tau), _log_distribution(teacher, tau)
+        p, channels = log_p.exp(), student.shape[0] * student.shape[1]
+        divergence = torch.sum(p * log_p.sub_(log_q)).clamp_min_(0)  # rounding can leave -1e-9
+        if ctx.needs_input_grad[0]:
+            gradient = log_q.exp_().sub_(p).mul_(tau / channels).view_as(student)
+            ctx.save_for_backward(gradient)
+            ctx.dtype = student.dtype
+        return divergence * (tau**2 / channels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream).to(ctx.dtype), None, None
 
 
 def _log_distribution(maps: Tensor, tau: float) -> Tensor:
@@ -62,13 +82,12 @@ class CWDLoss:
 
     Attributes:
         criterion: The wrapped detection criterion.
-        weight: Overall weight of the divergences; the trainer sets it for every epoch. At 0 the teacher rests.
+        weight: Overall weight of the divergences; the trainer sets it for every epoch.
     """
 
     def __init__(
         self,
         criterion: Any,
-        teacher: Teacher,
         adapters: nn.ModuleList,
         levels: Sequence[Level],
         level_weights: Sequence[float] | None = None,
@@ -80,7 +99,6 @@ class CWDLoss:
 
         Args:
             criterion: Callable that takes (predictions, batch) and returns the loss vector and its items by name.
-            teacher: Frozen teacher that turns images into its pyramid.
             adapters: One module for each level, from student to teacher channels.
             levels: The distilled levels, finest first.
             level_weights: One weight for each level; 1 for all by default.
@@ -89,7 +107,6 @@ class CWDLoss:
             weight: Overall weight.
         """
         self.criterion = criterion
-        self.teacher = teacher
         self.adapters = adapters
         self.levels = list(levels)
         self.level_weights = list(level_weights or [1.0] * len(self.levels))
@@ -102,28 +119,29 @@ class CWDLoss:
 
         Args:
             preds: What the student's head returned. Predictions of the evaluation mode get the detection loss alone.
-            batch: Ultralytics' batch; `img` holds images [N, 3, H, W] in 0 to 1.
+            batch: Ultralytics' batch; `img` holds images [N, 3, H, W] in 0 to 1, and `teacher_maps` the teacher's
+                pyramid of them, which is taken out to free it after use. Without it the divergences are 0.
         """
         loss, items = self.criterion(preds, batch)
         if not isinstance(preds, dict):
             return loss, items
-        if self.weight:
-            terms = torch.stack(self.divergences(student_features(preds), batch["img"]))
+        pyramid: Any = batch.pop("teacher_maps", None)
+        if pyramid is None:
+            terms = torch.zeros(len(self.levels), device=loss.device)
+        else:
+            terms = torch.stack(self.divergences(student_features(preds), pyramid))
             terms = terms * terms.new_tensor(self.level_weights) * self.weight
             loss = torch.cat([loss, terms * len(batch["img"])])
-        else:
-            terms = torch.zeros(len(self.levels), device=loss.device)
         named = {f"{level.name}_loss": term for level, term in zip(self.levels, terms.detach(), strict=True)}
         return loss, {**items, **named, "cwd_loss": terms.detach().sum()}
 
-    def divergences(self, features: Sequence[Tensor], images: Tensor) -> list[Tensor]:
+    def divergences(self, features: Sequence[Tensor], pyramid: Sequence[Tensor]) -> list[Tensor]:
         """Return the unweighted divergence of every distilled level.
 
         Args:
             features: The student's pyramid, one map [N, C, H, W] for each input of its head.
-            images: The batch the student saw, [N, 3, H, W].
+            pyramid: The teacher's.
         """
-        pyramid = self.teacher(images)
         terms = []
         for level, adapter in zip(self.levels, self.adapters, strict=True):
             student = adapter(features[level.student_index])

@@ -3,8 +3,8 @@
 
 `CWDTrainer` is Ultralytics' `DetectionTrainer` whose student has its criterion wrapped. One training step is
 
-    student(images)  ->  predictions and pyramid       as without us
-    teacher(images)  ->  pyramid                       frozen, without its head, no gradient        (fpn.py)
+    teacher(images)  ->  pyramid                       frozen, without its head, no gradient        (teacher.py)
+    student(images)  ->  predictions and pyramid       as without us                                (fpn.py)
     loss  =  detection loss                            as without us
           +  weight * divergence(adapter(student map), teacher map)  for every shared level         (loss.py)
 
@@ -28,8 +28,9 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_cwd import digits
 from yolo_cwd.config import ConfigError, Settings, check_names, first_line, split_options, unusable_data, with_suffix
-from yolo_cwd.fpn import Level, build_adapters, load_teacher, match_levels, pyramid_taps
+from yolo_cwd.fpn import Level, build_adapters, match_levels, pyramid_taps
 from yolo_cwd.loss import CWDLoss
+from yolo_cwd.teacher import load_teacher
 
 STUDENT_CLIP_NORM = 10.0  # what Ultralytics clips the student's gradient norm to
 EXTRA_ARGUMENTS = {"augmentations", "save_dir"}  # training arguments that Ultralytics takes without a default
@@ -88,6 +89,7 @@ class CWDTrainer(DetectionTrainer):
         self.level_weights: list[float] = []
         self.adapters = nn.ModuleList()
         self.criterion: CWDLoss | None = None
+        self._batches = 0
         self._made_folders = _missing_folders(get_save_dir(args)) if RANK in {-1, 0} else []
         with self._leaving_nothing_behind():
             super().__init__(base, arguments, _callbacks)
@@ -124,10 +126,10 @@ class CWDTrainer(DetectionTrainer):
     def _setup_train(self) -> None:
         with self._leaving_nothing_behind():
             super()._setup_train()
+            self.teacher.calibrate(self.cwd.teacher_dtype, self._validation_image())
         student = unwrap_model(self.model)
         self.criterion = student.criterion = CWDLoss(
             getattr(student, "criterion", None) or student.init_criterion(),
-            teacher=self.teacher,
             adapters=self.adapters,
             levels=self.levels,
             level_weights=self.level_weights,
@@ -140,16 +142,35 @@ class CWDTrainer(DetectionTrainer):
 
     def _set_weight(self) -> None:
         assert self.criterion is not None
-        self.criterion.weight = self.cwd.weight(self.epoch, self.epochs)
+        self.criterion.weight = self.cwd.weight(self.epoch, self.epochs) * self.cwd.cwd_every
+        self._batches = 0
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Prepare a batch as Ultralytics does, and add the teacher's pyramid of its images for the criterion.
+
+        Before the student's forward pass, so that the teacher's passing memory and the activations the student keeps
+        for its gradient are never needed at once.
+        """
+        batch = super().preprocess_batch(batch)
+        if self.criterion is not None and self.criterion.weight and self._batches % self.cwd.cwd_every == 0:
+            batch["teacher_maps"] = self.teacher(batch["img"])
+        self._batches += 1
+        return batch
+
+    def _validation_image(self) -> torch.Tensor:
+        image, *_ = self.test_loader.dataset.load_image(0)  # [H, W, C], 0 to 255
+        return torch.from_numpy(image).to(self.device).permute(2, 0, 1)[None] / 255
 
     def _record_settings(self) -> None:
         names = ", ".join(level.name for level in self.levels)
         teacher = self.teacher.argument.removeprefix("teacher=")
         LOGGER.info(
             f"{colorstr('CWD:')} {Path(self.args.model).stem} learns {names} from {teacher} "
-            f"({self.teacher.parameter_count / 1e6:.1f}M parameters), weight {self.cwd.cwd:g}, tau {self.cwd.tau:g}"
+            f"({self.teacher.parameter_count / 1e6:.1f}M parameters, {self.teacher.precision}), weight "
+            f"{self.cwd.cwd:g}, tau {self.cwd.tau:g}"
         )
         settings = {**vars(self.cwd), "teacher": teacher, "levels": [level.stride for level in self.levels]}
+        settings["teacher_dtype"] = self.teacher.precision.name
         YAML.save(self.save_dir / "cwd.yaml", settings)
 
     def optimizer_step(self) -> None:

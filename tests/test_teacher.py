@@ -1,0 +1,163 @@
+"""The frozen teacher: without its head, faithful in every precision, and refused where it cannot be used."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from ultralytics import YOLO
+from ultralytics.nn.modules.head import Detect
+from ultralytics.nn.tasks import DetectionModel
+
+from yolo_cwd import teacher as teacher_module
+from yolo_cwd.config import ConfigError
+from yolo_cwd.teacher import Precision, Teacher, load_teacher
+
+IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def head_inputs(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """What reaches the head of a whole detector, by a hook: the independent reference for the headless teacher."""
+    seen: list[torch.Tensor] = []
+    hook = model.model[-1].register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[0]))
+    with torch.no_grad():
+        model(images)
+    hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolov10n.yaml", "yolo26n.yaml"])
+def test_teacher_returns_what_its_head_would_receive(name: str) -> None:
+    torch.manual_seed(0)
+    model = DetectionModel(name, verbose=False).eval()
+    teacher = Teacher(model)
+    for ours, reference in zip(teacher(IMAGES), head_inputs(model, IMAGES), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)  # batch normalization folded in
+        assert not ours.requires_grad
+
+
+def test_teacher_leaves_the_given_model_alone_and_stays_frozen() -> None:
+    model = DetectionModel("yolov8n.yaml", verbose=False).train()
+    head = model.model[-1]
+    teacher = Teacher(model).train()
+    assert not any(isinstance(m, Detect | nn.BatchNorm2d) for m in teacher.modules())
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert model.model[-1] is head
+    assert model.training
+    assert all(p.requires_grad for n, p in model.named_parameters() if "dfl" not in n)
+    assert not any(m.training for m in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not {p.data_ptr() for p in teacher.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert teacher.parameter_count == sum(p.numel() for p in model.parameters())
+
+
+def test_teacher_with_p6_takes_images_of_a_student_without() -> None:
+    teacher = Teacher(DetectionModel("yolov8n-p6.yaml", verbose=False))
+    shapes = [tuple(m.shape[-2:]) for m in teacher(torch.rand(1, 3, 96, 160))]
+    assert shapes == [(12, 20), (6, 10), (3, 5), (1, 2)]
+
+
+def calibrated(wanted: str, monkeypatch: pytest.MonkeyPatch, fast: set[str]) -> Teacher:
+    """A teacher after its calibration, on a device where the named precisions take half the time."""
+    monkeypatch.setattr(teacher_module, "_lower_precisions", lambda device: ["bf16", "fp16"])
+    monkeypatch.setattr(teacher_module, "_seconds", lambda t, images: 0.5 if t.precision.name in fast else 1.0)
+    torch.manual_seed(0)
+    model = DetectionModel("yolov8n.yaml", verbose=False)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 1.5, 2.5)  # as large as a trained model's maps
+    teacher = Teacher(model)
+    teacher.calibrate(wanted, IMAGES)
+    return teacher
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fast", "chosen"),
+    [
+        pytest.param("auto", {"bf16"}, "bf16", id="the fastest"),
+        pytest.param("auto", {"fp16"}, "fp16", id="another one is the fastest"),
+        pytest.param("auto", set(), "fp32", id="nothing is faster"),
+        pytest.param("bf16", set(), "bf16", id="as told"),
+        pytest.param("fp32", {"bf16", "fp16"}, "fp32", id="as told, though slower"),
+    ],
+)
+def test_calibration(monkeypatch: pytest.MonkeyPatch, wanted: str, fast: set[str], chosen: str) -> None:
+    teacher = calibrated(wanted, monkeypatch, fast)
+    exact = calibrated("fp32", monkeypatch, set())(IMAGES)
+    errors = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(teacher(IMAGES), exact, strict=True)]
+    assert teacher.precision.name == chosen
+    assert teacher.precision.error == pytest.approx(max(errors), rel=1e-3)
+    assert max(errors) < 0.02
+    assert {m.dtype for m in teacher(IMAGES)} == {teacher_module.DTYPES[chosen]}
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_calibration_keeps_to_what_is_faithful(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_module, "MAX_ERROR", 1e-4)  # between the error of bfloat16 and none
+    assert calibrated("auto", monkeypatch, {"bf16"}).precision == Precision("fp32")
+
+
+def test_float16_that_overflows() -> None:
+    model = DetectionModel("yolov8n.yaml", verbose=False)
+    with torch.no_grad():
+        model.model[0].bn.weight.fill_(1e6)
+    teacher = Teacher(model)
+    with pytest.raises(ConfigError, match=r"teacher_dtype=fp16: .*overflows.*use auto, bf16 or fp32"):
+        teacher.calibrate("fp16", IMAGES)
+
+
+def test_autocast_around_it_does_not_change_the_teacher() -> None:
+    teacher = load_teacher("yolov8n.yaml")
+    expected = teacher(IMAGES)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(teacher(IMAGES), expected, rtol=0, atol=0)
+
+
+def test_load_teacher_from_file_and_objects(checkpoints: Path) -> None:
+    path = checkpoints / "small.pt"
+    model = YOLO(path)
+    expected = load_teacher(str(path))(IMAGES)
+    for source in (path, model, model.model):
+        torch.testing.assert_close(load_teacher(source)(IMAGES), expected)
+
+
+def test_an_untrained_teacher_is_the_same_every_time() -> None:
+    state = torch.get_rng_state()
+    first, second = (load_teacher("yolov8n.yaml")(IMAGES) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_fused_teacher_still_has_its_levels() -> None:
+    model = DetectionModel("yolo26n.yaml", verbose=False)
+    assert Teacher(model.fuse(verbose=False)).taps.keys() == {8, 16, 32}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        pytest.param("segment.pt", "not a YOLO detection model (its head is Segment)", id="segmentation"),
+        pytest.param("classify.pt", "not a YOLO detection model (its head is Classify)", id="classification"),
+        pytest.param("absent.pt", "absent.pt", id="no such file"),
+        pytest.param("absent.yaml", "absent.yaml", id="no such model file"),
+        pytest.param("small.onnx", "suffix .onnx", id="other format"),
+        pytest.param("truncated.pt", "truncated", id="truncated"),
+        pytest.param("empty.pt", "empty", id="empty"),
+        pytest.param("picture.pt", "existing .pt checkpoint", id="no checkpoint at all"),
+        pytest.param("numbers.pt", "references types outside", id="a pickle without a model"),
+        pytest.param("rtdetr-l.yaml", "its head is RTDETRDecoder", id="a detector without a YOLO head"),
+    ],
+)
+def test_teachers_that_are_refused(checkpoints: Path, tmp_path: Path, source: str, message: str) -> None:
+    whole = (checkpoints / "small.pt").read_bytes()
+    (tmp_path / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "picture.pt").write_bytes(b"\x89PNG\r\n" + bytes(100))
+    torch.save({"model": torch.zeros(3)}, tmp_path / "numbers.pt")
+    folder = checkpoints if (checkpoints / source).exists() else tmp_path
+    path = source if source.startswith("rtdetr") else str(folder / source)
+    with pytest.raises(ConfigError) as error:
+        load_teacher(path)
+    assert str(error.value).startswith(f"teacher={path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

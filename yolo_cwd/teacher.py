@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The frozen teacher: a detector without its head, in the cheapest form that keeps its features faithful."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from ultralytics.nn.tasks import DetectionModel, load_checkpoint
+from ultralytics.utils.checks import check_model_file_from_stem
+
+from yolo_cwd.config import ConfigError, first_line
+from yolo_cwd.fpn import pyramid_taps
+
+LETTERBOX_GRAY = 114 / 255  # the value Ultralytics pads its images with
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_ERROR = 0.02  # the largest relative error of a feature map that counts as faithful
+WORTHWHILE = 0.9  # a lower precision is chosen if it takes at most this share of float32's time
+TRIALS = 3
+
+
+class Precision(NamedTuple):
+    """The numbers a teacher calculates with, as measured on this device.
+
+    Attributes:
+        name: One of `DTYPES`.
+        error: Relative error of the worst level against float32, |maps - reference| / |reference|; infinite if a map
+            is not finite.
+        speed: Time of a forward pass relative to float32's.
+    """
+
+    name: str
+    error: float = 0.0
+    speed: float = 1.0
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        if self.name == "fp32":
+            return self.name
+        return f"{self.name}: {self.speed:.2f}x the time of fp32, feature error {100 * self.error:.2g} %"
+
+
+class Teacher(nn.Module):
+    """A frozen detector without its head: images in, feature pyramid out.
+
+    Its convolutions have taken in their batch normalization, and its weights lie in channels-last order: both leave
+    the features as they are and save time.
+
+    Attributes:
+        taps: Inputs of the removed head by stride.
+        image_channels: Channels of the images it takes.
+        parameter_count: Parameters of the whole model, head included.
+        precision: What it calculates with.
+    """
+
+    def __init__(self, model: nn.Module, argument: str = "teacher") -> None:
+        """Take a private copy of a detector, freeze it and cut its head off.
+
+        Args:
+            model: The detector; it stays as it is.
+            argument: What the user named it by, for messages.
+
+        Raises:
+            ConfigError: If the model is no detector.
+        """
+        super().__init__()
+        self.argument = argument
+        self.taps = pyramid_taps(model, argument)
+        self.parameter_count = sum(p.numel() for p in model.parameters())
+        self.image_channels = next(model.parameters()).shape[1]
+        self.precision = Precision("fp32")
+        body: Any = _without_head(model).float().eval()
+        self.body = body.fuse(verbose=False).requires_grad_(False).to(memory_format=torch.channels_last)
+        self._grid = max(self.taps)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in evaluation mode, whatever the mode of the training around it."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the maps [N, C, H/stride, W/stride] of images [N, C, H, W], finest level first, in its precision.
+
+        Images whose size is no multiple of the coarsest stride are padded as Ultralytics pads them, and the maps cut
+        back: a student without a P6 may train at sizes that a teacher with one does not take.
+        """
+        height, width = images.shape[-2:]
+        padding = (0, -width % self._grid, 0, -height % self._grid)
+        if any(padding):
+            images = F.pad(images, padding, value=LETTERBOX_GRAY)
+        images = images.to(DTYPES[self.precision.name], memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, enabled=False):  # the student's AMP is not the teacher's
+            maps: list[Tensor] = self.body(images)
+        if any(padding):
+            maps = [m[..., : height // s, : width // s] for m, s in zip(maps, self.taps, strict=True)]
+        return maps
+
+    def calibrate(self, wanted: str, images: Tensor) -> None:
+        """Choose the precision to calculate with, by a trial on the device the teacher is on.
+
+        Args:
+            wanted: `auto` for the fastest precision that keeps the relative error of every level below `MAX_ERROR`,
+                or one of `DTYPES`.
+            images: A few images [N, 3, H, W] in 0 to 1.
+
+        Raises:
+            ConfigError: If the wanted precision overflows, or if the device does not have it.
+        """
+        if wanted == "fp32":
+            return
+        reference, seconds = self(images), _seconds(self, images)
+        exact = self.body
+        trials = [(Precision("fp32"), exact)]
+        for name in _lower_precisions(images.device) if wanted == "auto" else [wanted]:
+            self.body, self.precision = deepcopy(exact).to(DTYPES[name]), Precision(name)
+            try:
+                error = max(_relative_error(ours, exact) for ours, exact in zip(self(images), reference, strict=True))
+                trials.append((Precision(name, error, _seconds(self, images) / seconds), self.body))
+            except RuntimeError as problem:
+                if wanted != "auto":
+                    raise ConfigError(f"teacher_dtype={name}: {first_line(problem)}; use auto or fp32") from problem
+        faithful = [t for t in trials if t[0].error <= MAX_ERROR and t[0].speed <= WORTHWHILE]
+        chosen = min(faithful, key=lambda t: t[0].speed, default=trials[0]) if wanted == "auto" else trials[-1]
+        self.precision, self.body = chosen
+        if not self.precision.error < float("inf"):
+            raise ConfigError(f"teacher_dtype={wanted}: {self.argument} overflows in it; use auto, bf16 or fp32")
+
+
+def _lower_precisions(device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        return ["fp16", "bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["fp16"]
+    return ["bf16"] if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+
+
+def _relative_error(maps: Tensor, reference: Tensor) -> float:
+    error = float((maps.float() - reference).norm() / reference.norm())
+    return error if error < float("inf") else float("inf")  # not-a-number as well
+
+
+def _seconds(teacher: Teacher, images: Tensor) -> float:
+    """Return the time of the fastest of a few forward passes; the teacher has made one before."""
+    return min(_timed(teacher, images) for _ in range(TRIALS))
+
+
+def _timed(teacher: Teacher, images: Tensor) -> float:
+    _wait_for(images.device)
+    begin = time.perf_counter()
+    teacher(images)
+    _wait_for(images.device)
+    return time.perf_counter() - begin
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _HeadInputs(nn.Module):
+    """Stands in the place of a detection head and returns what the head would have received."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self.__dict__.update(f=head.f, i=head.i, type=head.type)  # how a YOLO model routes its layers
+
+    def forward(self, maps: Iterable[Tensor]) -> list[Tensor]:
+        return list(maps)
+
+
+def _without_head(model: nn.Module) -> nn.Module:
+    layers: Any = model.model
+    head = layers[-1]
+    layers[-1] = _HeadInputs(head)
+    try:
+        body = deepcopy(model)
+    finally:
+        layers[-1] = head
+    body.__dict__.pop("criterion", None)
+    return body
+
+
+def load_teacher(source: Any) -> Teacher:
+    """Return the frozen teacher named by the option `teacher`.
+
+    Args:
+        source: Path or known name of a .pt checkpoint (downloaded by Ultralytics where it knows it), path of a .yaml
+            model (untrained: for tests), a `YOLO`, or a `DetectionModel`.
+
+    Raises:
+        ConfigError: If there is no such file, if it cannot be read, or if it holds no detector.
+    """
+    if isinstance(source, str | Path):
+        argument = f"teacher={source}"
+        return Teacher(_load(str(source), argument), argument)
+    argument = f"teacher={type(source).__name__}"
+    model = source if isinstance(source, DetectionModel) else getattr(source, "model", None)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{argument}: not a model; give a name, a .pt or .yaml path, or a YOLO model")
+    return Teacher(model, argument)
+
+
+def _load(path: str, argument: str) -> nn.Module:
+    suffix = Path(path).suffix.lower()
+    try:
+        if suffix in {".yaml", ".yml"}:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model: nn.Module = DetectionModel(path, verbose=False)
+                return model
+        if suffix == ".pt":
+            model, _ = load_checkpoint(check_model_file_from_stem(path))
+            return model
+    except Exception as error:
+        raise ConfigError(f"{argument}: {first_line(error)}; give an existing .pt checkpoint of a detector") from error
+    raise ConfigError(f"{argument}: the suffix {suffix} is none of .pt, .yaml; give a checkpoint or a model file")

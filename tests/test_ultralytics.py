@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.modules.head import Detect, v10Detect
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG
@@ -61,6 +62,7 @@ def test_seams_have_the_signatures_we_override() -> None:
     assert list(inspect.signature(BaseTrainer.__init__).parameters) == ["self", "cfg", "overrides", "_callbacks"]
     assert list(inspect.signature(BaseTrainer._load_checkpoint_state).parameters) == ["self", "ckpt"]
     assert list(inspect.signature(BaseTrainer.label_loss_items).parameters) == ["self", "loss_items", "prefix"]
+    assert list(inspect.signature(DetectionTrainer.preprocess_batch).parameters) == ["self", "batch"]
     assert issubclass(v10Detect, Detect)
 
 

@@ -1,0 +1,302 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What does a distillation step cost, beside plain training and beside Ultralytics' own distillation?
+
+    python scripts/bench_step.py teacher=yolov8l student=yolov8n imgsz=320 batch=8 repeats=7 device=cpu
+    python scripts/bench_step.py part=scaling     # 4 batch sizes x 3 image sizes, with fitted exponents
+    python scripts/bench_step.py part=start       # seconds from the command to the first step
+    python scripts/bench_step.py part=memory      # peak memory, one process an arm
+
+All arms of `part=step` live in one process and take turns, so that a busy machine is busy for all of them; the table
+shows medians. Steps are those of Ultralytics' loop on one prepared batch: no data loading, no validation. Models start
+from random weights, which cost what trained ones cost. `json=file` writes the table as well; `smoke=True` is for tests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+ARMS = ("plain", "builtin", "cwd", "cwd-fp32")
+DEFAULTS = {
+    "part": "step",
+    "teacher": "yolov8l",
+    "student": "yolov8n",
+    "imgsz": 320,
+    "batch": 8,
+    "repeats": 7,
+    "device": "cpu",
+    "arm": "",
+    "json": "",
+    "smoke": False,
+}
+
+
+def main() -> None:
+    """Measure the part that is asked for, and print its table."""
+    words = DEFAULTS | {name: _value(text) for name, _, text in (word.partition("=") for word in sys.argv[1:])}
+    if unknown := words.keys() - DEFAULTS.keys():
+        sys.exit(f"{', '.join(sorted(unknown))}: unknown; known are {', '.join(DEFAULTS)}")
+    if words["smoke"]:
+        words |= {"teacher": "yolov8n", "imgsz": 64, "batch": 2, "repeats": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["YOLO_CONFIG_DIR"] = folder
+        table = {"step": steps, "scaling": scaling, "start": starts, "memory": memory, "arm": one_arm}[words["part"]](
+            words, Path(folder)
+        )
+    if words["json"]:
+        Path(words["json"]).write_text(json.dumps({"settings": words, "table": table}, indent=1) + "\n")
+
+
+def _value(text: str) -> Any:
+    return {"True": True, "False": False}.get(text, int(text) if text.isdecimal() else text)
+
+
+def steps(words: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Time a whole step of every arm, the teacher's forward pass in every form, and the loss alone."""
+    from yolo_cwd.teacher import DTYPES, Precision
+
+    trainers = {arm: make_trainer(arm, words, folder) for arm in ARMS}
+    arms: dict[str, Callable[[], Any]] = {f"step: {arm}": step_of(trainer) for arm, trainer in trainers.items()}
+    ours = trainers["cwd"]
+    images = first_batch(ours)["img"]
+
+    whole = deepcopy(trainers["builtin"].model.teacher_model).eval()
+    arms["teacher: whole, fp32"] = lambda: whole(images)
+    headless = deepcopy(whole)
+    headless.model = headless.model[:-1]
+    save = [i for i in headless.save if i < len(headless.model)]
+    headless.save = save
+    arms["teacher: no head"] = lambda: headless(images)
+    exact = trainers["cwd-fp32"].teacher
+    contiguous = deepcopy(exact)
+    contiguous.body = contiguous.body.to(memory_format=torch.contiguous_format)
+    arms["teacher: + fused"] = lambda: contiguous.body(images)
+    arms["teacher: + channels_last (fp32)"] = lambda: exact(images)
+    low = deepcopy(exact)
+    name = "fp16" if images.is_cuda else "bf16"
+    low.body, low.precision = low.body.to(DTYPES[name]), Precision(name)
+    arms[f"teacher: + {name}"] = lambda: low(images)
+
+    arms["loss alone"] = loss_alone(ours, images, fused=True)
+    arms["loss alone, by autograd"] = loss_alone(ours, images, fused=False)
+
+    seconds = interleaved(arms, words["repeats"], images.device)
+    plain, builtin = seconds["step: plain"], seconds["step: builtin"]
+    rows = {name: {"seconds": s, "of plain": s / plain, "of builtin": s / builtin} for name, s in seconds.items()}
+    show(f"{words['teacher']} -> {words['student']}, {words['imgsz']} px, batch {words['batch']}", rows)
+    forward = seconds["teacher: + channels_last (fp32)"]
+    overhead = 1 - (plain + forward) / seconds["step: cwd-fp32"]
+    print(f"\nteacher_dtype=auto chose {ours.teacher.precision}")
+    print(f"beyond the student's own step and the teacher's forward pass: {100 * overhead:.1f} % of the fp32 step")
+    return {"rows": rows, "overhead": overhead, "precision": ours.teacher.precision._asdict()}
+
+
+def interleaved(arms: dict[str, Callable[[], Any]], repeats: int, device: Any) -> dict[str, float]:
+    """Return the median time of every arm, each warmed up once and then run in turns."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(repeats + 1):
+        for name, run in arms.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            with torch.set_grad_enabled(not name.startswith("teacher")):
+                run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                times[name].append(time.perf_counter() - begin)
+    return {name: median(values) for name, values in times.items()}
+
+
+def make_trainer(arm: str, words: dict[str, Any], folder: Path) -> Any:
+    """Return a trainer of Ultralytics or ours, ready for its first step."""
+    from ultralytics import YOLO
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    from yolo_cwd import CWDTrainer, digits
+
+    data = digits.build(folder, {"train": max(words["batch"], 4), "val": 4})
+    teacher = folder / f"{words['teacher']}.pt"
+    if not teacher.exists():
+        torch.manual_seed(0)
+        YOLO(f"{words['teacher']}.yaml").save(teacher)
+    overrides = {
+        "model": f"{words['student']}.yaml",
+        "data": str(data),
+        "imgsz": words["imgsz"],
+        "batch": words["batch"],
+        "nbs": words["batch"],
+        "device": words["device"],
+        "optimizer": "AdamW",
+        "amp": words["device"] != "cpu",
+        "workers": 0,
+        "plots": False,
+        "verbose": False,
+        "project": str(folder / "runs"),
+    }
+    if arm == "plain":
+        trainer = DetectionTrainer(overrides=overrides)
+    elif arm == "builtin":
+        trainer = DetectionTrainer(overrides={**overrides, "distill_model": str(teacher)})
+    else:
+        dtype = "fp32" if arm == "cwd-fp32" else "auto"
+        trainer = CWDTrainer(overrides={**overrides, "teacher": str(teacher), "teacher_dtype": dtype})
+    trainer._setup_train()
+    trainer._model_train()
+    trainer.epoch = 0
+    trainer.run_callbacks("on_train_epoch_start")
+    return trainer
+
+
+def first_batch(trainer: Any) -> dict[str, Any]:
+    """Return the first batch of the trainer's loader, on its device, as Ultralytics prepares it."""
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    return DetectionTrainer.preprocess_batch(trainer, next(iter(trainer.train_loader)))
+
+
+def step_of(trainer: Any) -> Callable[[], None]:
+    """Return one training step of a trainer, as in Ultralytics' loop."""
+    from ultralytics.utils.torch_utils import autocast
+
+    raw = next(iter(trainer.train_loader))
+
+    def step() -> None:
+        with autocast(trainer.amp, device=trainer.device.type):
+            batch = trainer.preprocess_batch(dict(raw))
+            loss, _ = trainer.model(batch)
+        trainer.scaler.scale(loss.sum()).backward()
+        trainer.optimizer_step()
+
+    return step
+
+
+def loss_alone(trainer: Any, images: Any, fused: bool) -> Callable[[], None]:
+    """Return the divergences of all levels, forward and backward, without adapters."""
+    from yolo_cwd.loss import channel_wise_divergence
+
+    def by_autograd(student: Any, teacher: Any) -> Any:
+        log_q, log_p = (x.float().flatten(2).log_softmax(-1) for x in (student, teacher))
+        return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
+
+    divergence = channel_wise_divergence if fused else by_autograd
+    maps = trainer.teacher(images)
+    students = [m.float().clone().contiguous().requires_grad_() for m in maps]
+
+    def run() -> None:
+        torch.stack([divergence(s, t) for s, t in zip(students, maps, strict=True)]).sum().backward()
+
+    return run
+
+
+def scaling(words: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Time the distilled step over batch and image sizes, and fit time = c * batch^a * pixels^b."""
+    batches, sizes = ([1, 2], [64, 96]) if words["smoke"] else ([2, 4, 8, 16], [160, 224, 320])
+    points = [(b, s) for b in batches for s in sizes]
+    arms = {}
+    for batch, size in points:
+        trainer = make_trainer("cwd", {**words, "batch": batch, "imgsz": size}, folder / f"{batch}-{size}")
+        arms[f"{batch} x {size} px"] = step_of(trainer)
+    seconds = interleaved(arms, words["repeats"], trainer.device)
+    x = torch.tensor([[1.0, math.log(b), 2 * math.log(s)] for b, s in points], dtype=torch.float64)
+    y = torch.tensor([[math.log(t)] for t in seconds.values()], dtype=torch.float64)
+    _, a, b = torch.linalg.lstsq(x, y).solution.flatten().tolist()
+    show("batch x size", {name: {"seconds": s} for name, s in seconds.items()})
+    print(f"\ntime grows as batch^{a:.2f} and pixels^{b:.2f}")
+    return {"seconds": seconds, "batch exponent": a, "pixel exponent": b}
+
+
+def memory(words: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the peak memory of a process that makes a few steps of one arm, for every arm."""
+    rows = {}
+    for arm in ARMS:
+        peak = float(_run_self(words, "arm", arm).splitlines()[-1])
+        rows[arm] = {"peak MiB": peak}
+    for row in rows.values():
+        row["of builtin"] = row["peak MiB"] / rows["builtin"]["peak MiB"]
+    show("peak memory", rows)
+    return rows
+
+
+def _run_self(words: dict[str, Any], part: str, arm: str) -> str:
+    kept = {k: v for k, v in words.items() if k not in {"part", "arm", "json"}}
+    command = [sys.executable, __file__, f"part={part}", f"arm={arm}", *(f"{k}={v}" for k, v in kept.items())]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def one_arm(words: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make a few steps of one arm and print the peak memory of the process in MiB: of the GPU where it runs on one."""
+    trainer = make_trainer(words["arm"], words, folder)
+    step = step_of(trainer)
+    for _ in range(3):
+        step()
+    if trainer.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(trainer.device) / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    print(peak)
+    return {"peak MiB": peak}
+
+
+START = """
+import sys, time
+import os; begin = float(os.environ["BEGIN"])
+def stop(trainer):
+    print("SECONDS", time.time() - begin, flush=True); os._exit(0)
+if sys.argv[1] == "cwd":
+    from yolo_cwd import CWDTrainer as Trainer
+else:
+    from ultralytics.models.yolo.detect import DetectionTrainer as Trainer
+from ultralytics.cfg import smart_value
+trainer = Trainer(overrides={k: smart_value(v) for k, v in (w.split("=", 1) for w in sys.argv[2:])})
+trainer.add_callback("on_train_batch_start", stop)
+trainer.train()
+"""
+
+
+def starts(words: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Time both trainers from the start of a process to the first step, in turns, data cached."""
+    trainer = make_trainer("cwd", words, folder)
+    common = [
+        f"{name}={getattr(trainer.args, name)}"
+        for name in ("model", "data", "imgsz", "batch", "device", "amp", "workers", "plots")
+    ]
+    times: dict[str, list[float]] = {"plain": [], "cwd": []}
+    for turn in range(words["repeats"] + 1):
+        for arm, seconds in times.items():
+            more = [f"teacher={folder / words['teacher']}.pt"] if arm == "cwd" else []
+            place = [f"project={folder / 'starts'}"]
+            environment = {**os.environ, "BEGIN": str(time.time())}
+            command = [sys.executable, "-c", START, arm, *common, *more, *place]
+            output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+            if turn:
+                seconds.append(float(output.rsplit("SECONDS", 1)[1]))
+    rows = {arm: {"seconds": median(s), "of plain": median(s) / median(times["plain"])} for arm, s in times.items()}
+    show("from the command to the first step", rows)
+    return rows
+
+
+def show(title: str, rows: dict[str, dict[str, float]]) -> None:
+    """Print a table."""
+    columns = list(next(iter(rows.values())))
+    print(f"\n{title:45}" + "".join(f"{c:>12}" for c in columns))
+    for name, row in rows.items():
+        print(f"{name:45}" + "".join(f"{row[c]:12.3f}" for c in columns))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from yolo_cwd.fpn import Level, student_features
 
+LARGEST_PART = 2**21  # elements of a map that are compared at once
+
 
 def channel_wise_divergence(student: Tensor, teacher: Tensor, tau: float = 1.0) -> Tensor:
     """Return the channel-wise divergence of Shu et al., ICCV 2021 (arXiv 2011.13256), section 3.2, equations 3 and 4.
@@ -40,18 +42,27 @@ def channel_wise_divergence(student: Tensor, teacher: Tensor, tau: float = 1.0) 
 
 
 class _Divergence(torch.autograd.Function):
-    """The divergence with its derivative in closed form, tau * (q - p) / (N C): one saved tensor instead of four."""
+    """The divergence with its derivative in closed form, tau * (q - p) / (N C): one saved tensor instead of four.
+
+    It goes through the images in parts, so that what it needs in passing stays small beside that tensor.
+    """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, tau: float) -> Tensor:
-        log_q, log_p = _log_distribution(student, tau), _log_distribution(teacher, tau)
-        p, channels = log_p.exp(), student.shape[0] * student.shape[1]
-        divergence = torch.sum(p * log_p.sub_(log_q)).clamp_min_(0)  # rounding can leave -1e-9
-        if ctx.needs_input_grad[0]:
-            gradient = log_q.exp_().sub_(p).mul_(tau / channels).view_as(student)
-            ctx.save_for_backward(gradient)
+        channels, total = student.shape[0] * student.shape[1], student.new_zeros((), dtype=_dtype(student))
+        gradient = torch.empty_like(student, dtype=_dtype(student)) if ctx.needs_input_grad[0] else None
+        images_at_once = max(1, LARGEST_PART // student[0].numel())
+        for i in range(0, len(student), images_at_once):
+            part = slice(i, i + images_at_once)
+            log_q, log_p = _log_distribution(student[part], tau), _log_distribution(teacher[part], tau)
+            p = log_p.exp()
+            total += torch.sum(log_p.sub_(log_q).mul_(p))
+            if gradient is not None:
+                torch.sub(log_q.exp_(), p, out=gradient[part].flatten(2))
+        if gradient is not None:
+            ctx.save_for_backward(gradient.mul_(tau / channels))
             ctx.dtype = student.dtype
-        return divergence * (tau**2 / channels)
+        return total.clamp_min_(0) * (tau**2 / channels)  # rounding can leave -1e-9
 
     @staticmethod
     @once_differentiable
@@ -61,8 +72,11 @@ class _Divergence(torch.autograd.Function):
 
 
 def _log_distribution(maps: Tensor, tau: float) -> Tensor:
-    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))  # half precision overflows in the exponential
-    return F.log_softmax(maps.flatten(2) / tau, dim=-1)  # [N, C, HW]
+    return F.log_softmax(maps.flatten(2).to(_dtype(maps)) / tau, dim=-1)  # [N, C, HW]
+
+
+def _dtype(maps: Tensor) -> torch.dtype:
+    return torch.promote_types(maps.dtype, torch.float32)  # half precision overflows in the exponential
 
 
 def standardize(maps: Tensor) -> Tensor:

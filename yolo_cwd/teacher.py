@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable
 from copy import deepcopy
@@ -120,7 +121,7 @@ class Teacher(nn.Module):
         for name in _lower_precisions(images.device) if wanted == "auto" else [wanted]:
             self.body, self.precision = deepcopy(exact).to(DTYPES[name]), Precision(name)
             try:
-                error = max(_relative_error(ours, exact) for ours, exact in zip(self(images), reference, strict=True))
+                error = max(_relative_error(m, r) for m, r in zip(self(images), reference, strict=True))
                 trials.append((Precision(name, error, _seconds(self, images) / seconds), self.body))
             except RuntimeError as problem:
                 if wanted != "auto":
@@ -128,6 +129,8 @@ class Teacher(nn.Module):
         faithful = [t for t in trials if t[0].error <= MAX_ERROR and t[0].speed <= WORTHWHILE]
         chosen = min(faithful, key=lambda t: t[0].speed, default=trials[0]) if wanted == "auto" else trials[-1]
         self.precision, self.body = chosen
+        del trials, faithful, chosen, exact
+        gc.collect()  # fused layers refer to themselves, so that nothing else frees the copies
         if not self.precision.error < float("inf"):
             raise ConfigError(f"teacher_dtype={wanted}: {self.argument} overflows in it; use auto, bf16 or fp32")
 

@@ -135,7 +135,7 @@ BAD_INPUT = {
     "several devices": (["device=0,1"], "device=(0, 1): "),
     "absent device": (["device=7"], "CUDA"),
     "bf16 on a CPU": (["amp=bf16"], "amp=bf16: "),
-    "resume": (["resume=True"], "resume=True: "),
+    "resume": (["resume=absent.pt"], "resume=absent.pt: no such checkpoint"),
     "everything frozen": (["freeze=100"], "freeze=100"),
 }
 

@@ -182,6 +182,26 @@ def test_criterion_without_a_teachers_maps_leaves_the_detection_loss_alone(crite
     assert items["cwd_loss"].item() == 0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_term_that_is_not_finite_is_left_out_and_counted(value: float) -> None:
+    levels = [Level("P3", 8, 0, 0, 3, 3), Level("P4", 16, 1, 1, 4, 4)]
+    adapters = nn.ModuleList(nn.Conv2d(c, c, 1, bias=False) for c in (3, 4))
+    criterion = CWDLoss(Detection(), adapters, levels)
+    features = [f.clone().requires_grad_() for f in FEATURES]
+    broken = PYRAMID[0].clone()
+    broken[0, 0, 0, 0] = value
+    for times in (1, 2):
+        loss, items = criterion({"feats": features}, batch(teacher_maps=[broken, PYRAMID[1]]))
+        loss.sum().backward()
+        assert int(criterion.dropped) == times
+        assert items["P3_loss"].item() == 0
+        assert items["P4_loss"].item() > 0
+    first, second = (adapter.weight.grad for adapter in adapters)
+    assert first.abs().sum() == features[0].grad.abs().sum() == 0
+    assert second.isfinite().all()
+    assert second.abs().sum() > 0
+
+
 def test_criterion_in_evaluation_is_the_wrapped_one(criterion: CWDLoss) -> None:
     loss, items = criterion((torch.zeros(1), {"feats": FEATURES}), batch())
     assert loss.tolist() == [1, 2, 3]

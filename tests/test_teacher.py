@@ -1,6 +1,7 @@
 """The frozen teacher: without its head, faithful in every precision, and refused where it cannot be used."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,3 +162,44 @@ def test_teachers_that_are_refused(checkpoints: Path, tmp_path: Path, source: st
     assert str(error.value).startswith(f"teacher={path}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+class Payload:
+    """Makes a file when it is unpickled without restriction."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+class CustomDetector(DetectionModel):
+    """A class that Ultralytics does not know."""
+
+
+@pytest.mark.parametrize("place", ["model", "ema", "train_args", "custom class"])
+def test_a_hostile_teacher_is_refused_and_nothing_in_it_runs(checkpoints: Path, tmp_path: Path, place: str) -> None:
+    marker, file = tmp_path / "ran", tmp_path / "hostile.pt"
+    content = torch.load(checkpoints / "small.pt", weights_only=False)
+    if place == "custom class":
+        content["model"].__class__ = CustomDetector
+    elif place == "train_args":
+        content["train_args"] = {"epochs": Payload(marker)}
+    else:
+        content[place] = Payload(marker)
+    torch.save(content, file)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"teacher=.*hostile.pt: .*trust_teacher=True") as error:
+        load_teacher(file)
+    assert sorted(tmp_path.iterdir()) == before
+    assert "\n" not in str(error.value)
+
+
+def test_trust_is_the_way_round(checkpoints: Path, tmp_path: Path) -> None:
+    content = torch.load(checkpoints / "small.pt", weights_only=False)
+    content["model"].__class__ = CustomDetector
+    torch.save(content, tmp_path / "custom.pt")
+    assert load_teacher(tmp_path / "custom.pt", trust=True).taps.keys() == {8, 16, 32}
+    with pytest.raises(ConfigError):
+        load_teacher(tmp_path / "custom.pt")  # the trust was for one file alone

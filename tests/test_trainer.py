@@ -189,18 +189,48 @@ def test_plain_ultralytics_resumes_a_distilled_run(train: Train, data: str) -> N
     assert type(plain.model) is DetectionModel
 
 
+def test_a_teacher_that_breaks_does_not_break_the_student(
+    train: Train, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ultralytics.utils.LOGGER.propagate", True)
+
+    def overflow(trainer: CWDTrainer) -> None:
+        trainer.teacher.register_forward_hook(lambda module, images, maps: [m / 0 for m in maps])
+
+    trainer = train(epochs=2, callbacks={"on_train_start": overflow})
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert all(row["train/cwd_loss"] == 0 < row["train/box_loss"] for row in rows(trainer))
+    assert "6 terms were not finite and have been left out so far" in caplog.text  # 2 batches of 3 levels
+
+
+def test_out_of_memory_is_retried_with_half_the_batch(train: Train) -> None:
+    sizes: list[int] = []
+
+    def fail(module: nn.Module, images: Any) -> None:
+        sizes.append(len(images[0]))
+        if len(sizes) == 1:
+            raise RuntimeError("CUDA out of memory")
+
+    trainer = train(callbacks={"on_train_start": lambda t: t.teacher.register_forward_pre_hook(fail)})
+    assert sizes == [4, 2, 2, 2, 2]
+    assert trainer.batch_size == 2
+    assert all(0 < row[f"train/{term}"] < 1e3 for row in rows(trainer) for term in TERMS)
+
+
 def test_recovery_from_a_nan_loss(train: Train) -> None:
-    """Ultralytics reloads last.pt; the adapters' state stays in the optimizer, the teacher stays out of the EMA."""
+    """Ultralytics reloads last.pt; the adapters go back with it, the teacher stays out of the EMA."""
 
     def poison(trainer: CWDTrainer) -> None:
         if trainer.epoch == 1 and not trainer.nan_recovery_attempts:
             trainer.loss = torch.tensor(float("nan"))
+            with torch.no_grad():
+                next(trainer.adapters.parameters()).fill_(float("nan"))
 
     trainer = train(epochs=3, callbacks={"on_train_epoch_end": poison})
     assert [row["epoch"] for row in rows(trainer)] == [1, 2, 3]
     assert not isinstance(getattr(trainer.ema.ema, "criterion", None), CWDLoss)
     assert trainer.optimizer.param_groups[-1]["params"] == list(trainer.adapters.parameters())
-    assert all(p in trainer.optimizer.state for p in trainer.adapters.parameters())
+    assert all(p in trainer.optimizer.state and p.isfinite().all() for p in trainer.adapters.parameters())
 
 
 def mosaics(trainer: CWDTrainer) -> list[float]:

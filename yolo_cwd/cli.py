@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,8 @@ yolo_cwd: a small YOLO detector learns from a larger one while it trains (channe
 
   yolo_cwd train teacher=yolov8l student=yolov8n data=coco8.yaml epochs=100 imgsz=640
                        train the student; all arguments of 'yolo train' work as there
+  yolo_cwd train resume model=runs/detect/train/weights/last.pt
+                       go on after an interruption
   yolo_cwd compare teacher=best.pt student=yolov8n.yaml data=my.yaml epochs=100 seeds=3 arms=plain,cwd,builtin
                        did it help, and by how much beyond luck?
   yolo_cwd demo        teacher, plain and distilled student on handwritten digits, in minutes on a CPU
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, 2 for input that cannot be used, 130 after an interrupt.
+        The exit code: 0, 2 for input that cannot be used, 130 after an interrupt, 143 after SIGTERM.
     """
     words = [word.lstrip("-") for word in (sys.argv[1:] if argv is None else argv)]
     command, rest = (words[0], words[1:]) if words else ("help", [])
@@ -60,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "h": help_,
         "version": version,
     }
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         if command == "detect" and rest[:1] == ["train"]:  # as 'yolo detect train'
             command, rest = rest[0], rest[1:]
@@ -69,10 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"yolo_cwd: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("yolo_cwd: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        print(f"yolo_cwd: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
     return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end, by SIGTERM."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated("terminated")
 
 
 def help_(words: list[str]) -> None:
@@ -113,6 +127,11 @@ def train(words: list[str]) -> None:
         trainer.train()
     except ConfigError:
         raise
+    except KeyboardInterrupt as interrupt:
+        if trainer is None or not trainer.last.exists():
+            raise
+        remedy = f"'yolo_cwd train resume model={trainer.last}' goes on"
+        raise type(interrupt)(f"{str(interrupt) or 'interrupted'}; {remedy}") from None
     except Exception as error:
         if trainer is not None and trainer.criterion is not None:  # the training had begun: a fault, not bad input
             raise

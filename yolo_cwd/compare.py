@@ -44,7 +44,8 @@ from yolo_cwd.config import (
     split_options,
     unusable_data,
 )
-from yolo_cwd.summary import as_text, table, write_summary, write_whole
+from yolo_cwd.state import write_whole
+from yolo_cwd.summary import as_text, table, write_summary
 from yolo_cwd.teacher import load_teacher
 from yolo_cwd.trainer import EXTRA_ARGUMENTS, CWDTrainer, refuse_unsupported, student_path
 

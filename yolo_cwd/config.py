@@ -76,6 +76,7 @@ class Settings:
         adapter: One of `ADAPTERS`.
         teacher_dtype: One of `TEACHER_DTYPES`.
         cwd_every: Distil every so many batches, at least 1.
+        trust_teacher: Whether the teacher's checkpoint may run code of its author's while it is loaded.
     """
 
     teacher: Any
@@ -90,6 +91,7 @@ class Settings:
     adapter: str
     teacher_dtype: str
     cwd_every: int
+    trust_teacher: bool
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Settings:
@@ -115,6 +117,7 @@ class Settings:
             adapter=_choice("adapter", value["adapter"], ADAPTERS),
             teacher_dtype=_choice("teacher_dtype", value["teacher_dtype"], TEACHER_DTYPES),
             cwd_every=_count("cwd_every", value["cwd_every"]),
+            trust_teacher=_choice("trust_teacher", value["trust_teacher"], (True, False)),
         )
 
     def weight(self, epoch: int, epochs: int) -> float:

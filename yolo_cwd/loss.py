@@ -68,7 +68,8 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream).to(ctx.dtype), None, None
+        asked_for = upstream != 0  # a term that was dropped for not being finite has no gradient either
+        return torch.where(asked_for, gradient * upstream, 0).to(ctx.dtype), None, None
 
 
 def _log_distribution(maps: Tensor, tau: float) -> Tensor:
@@ -97,6 +98,7 @@ class CWDLoss:
     Attributes:
         criterion: The wrapped detection criterion.
         weight: Overall weight of the divergences; the trainer sets it for every epoch.
+        dropped: How many terms were not finite and were left out.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class CWDLoss:
         self.tau = tau
         self.normalize = normalize
         self.weight = weight
+        self.dropped: Tensor | int = 0
 
     def __call__(self, preds: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss vector, scaled by the batch size as Ultralytics' own terms are, and its detached items.
@@ -144,6 +147,9 @@ class CWDLoss:
             terms = torch.zeros(len(self.levels), device=loss.device)
         else:
             terms = torch.stack(self.divergences(student_features(preds), pyramid))
+            finite = terms.isfinite()
+            self.dropped = self.dropped + (~finite).sum().detach()  # on the device: reading it would wait for the step
+            terms = torch.where(finite, terms, 0)
             terms = terms * terms.new_tensor(self.level_weights) * self.weight
             loss = torch.cat([loss, terms * len(batch["img"])])
         named = {f"{level.name}_loss": term for level, term in zip(self.levels, terms.detach(), strict=True)}

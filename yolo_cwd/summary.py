@@ -12,7 +12,6 @@ import csv
 import io
 import json
 import math
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import ultralytics
 from scipy.stats import t as student_t
 
 from yolo_cwd import __version__
+from yolo_cwd.state import write_whole
 
 BASELINE = "plain"
 COLOURS = (
@@ -34,13 +34,6 @@ COLOURS = (
     "#E69F00",
     "#56B4E9",
 )  # told apart by colour-blind eyes
-
-
-def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file so that nobody, not even after a kill, sees a part of it."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    unfinished.replace(file)
 
 
 def paired_interval(differences: list[float]) -> tuple[float, float] | None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import is_zipfile
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from ultralytics.nn import tasks
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 from ultralytics.utils.checks import check_model_file_from_stem
 
@@ -56,6 +59,7 @@ class Teacher(nn.Module):
     Attributes:
         taps: Inputs of the removed head by stride.
         image_channels: Channels of the images it takes.
+        names: Its classes by index.
         parameter_count: Parameters of the whole model, head included.
         precision: What it calculates with.
     """
@@ -75,6 +79,7 @@ class Teacher(nn.Module):
         self.taps = pyramid_taps(model, argument)
         self.parameter_count = sum(p.numel() for p in model.parameters())
         self.image_channels = next(model.parameters()).shape[1]
+        self.names: dict[int, str] = dict(getattr(model, "names", {}))
         self.precision = Precision("fp32")
         body: Any = _without_head(model).float().eval()
         self.body = body.fuse(verbose=False).requires_grad_(False).to(memory_format=torch.channels_last)
@@ -187,19 +192,21 @@ def _without_head(model: nn.Module) -> nn.Module:
     return body
 
 
-def load_teacher(source: Any) -> Teacher:
+def load_teacher(source: Any, trust: bool = False) -> Teacher:
     """Return the frozen teacher named by the option `teacher`.
 
     Args:
         source: Path or known name of a .pt checkpoint (downloaded by Ultralytics where it knows it), path of a .yaml
             model (untrained: for tests), a `YOLO`, or a `DetectionModel`.
+        trust: Whether the checkpoint may hold other classes than those of Ultralytics and torch. A .pt file is a
+            pickle: loading one in trust may run any code that its author has put in.
 
     Raises:
         ConfigError: If there is no such file, if it cannot be read, or if it holds no detector.
     """
     if isinstance(source, str | Path):
         argument = f"teacher={source}"
-        return Teacher(_load(str(source), argument), argument)
+        return Teacher(_load(str(source), argument, trust), argument)
     argument = f"teacher={type(source).__name__}"
     model = source if isinstance(source, DetectionModel) else getattr(source, "model", None)
     if not isinstance(model, nn.Module):
@@ -207,7 +214,18 @@ def load_teacher(source: Any) -> Teacher:
     return Teacher(model, argument)
 
 
-def _load(path: str, argument: str) -> nn.Module:
+@contextmanager
+def _restricted_loading(on: bool) -> Iterator[None]:
+    """Let Ultralytics load checkpoints by torch's restricted loader, as its own environment variable does."""
+    before = tasks.SAFE_LOAD
+    tasks.SAFE_LOAD = on or before
+    try:
+        yield
+    finally:
+        tasks.SAFE_LOAD = before
+
+
+def _load(path: str, argument: str, trust: bool) -> nn.Module:
     suffix = Path(path).suffix.lower()
     try:
         if suffix in {".yaml", ".yml"}:
@@ -216,8 +234,14 @@ def _load(path: str, argument: str) -> nn.Module:
                 model: nn.Module = DetectionModel(path, verbose=False)
                 return model
         if suffix == ".pt":
-            model, _ = load_checkpoint(check_model_file_from_stem(path))
+            with _restricted_loading(not trust):
+                model, _ = load_checkpoint(check_model_file_from_stem(path))
             return model
     except Exception as error:
-        raise ConfigError(f"{argument}: {first_line(error)}; give an existing .pt checkpoint of a detector") from error
+        remedy = "give an existing .pt checkpoint of a detector"
+        if (
+            isinstance(error, TypeError) and not trust and is_zipfile(path)
+        ):  # a whole file that the restricted loader refuses
+            remedy += ", or if you trust the origin of this one, trust_teacher=True"
+        raise ConfigError(f"{argument}: {first_line(error)}; {remedy}") from error
     raise ConfigError(f"{argument}: the suffix {suffix} is none of .pt, .yaml; give a checkpoint or a model file")

@@ -30,6 +30,15 @@ from yolo_cwd import digits
 from yolo_cwd.config import ConfigError, Settings, check_names, first_line, split_options, unusable_data, with_suffix
 from yolo_cwd.fpn import Level, build_adapters, match_levels, pyramid_taps
 from yolo_cwd.loss import CWDLoss
+from yolo_cwd.state import FILE as STATE_FILE
+from yolo_cwd.state import (
+    RunState,
+    checkpoint_to_resume,
+    checkpoints_written_whole,
+    drop_rows_after,
+    load_state,
+    optimizers_stripped_whole,
+)
 from yolo_cwd.teacher import load_teacher
 
 STUDENT_CLIP_NORM = 10.0  # what Ultralytics clips the student's gradient norm to
@@ -48,6 +57,7 @@ class CWDTrainer(DetectionTrainer):
         level_weights: The weight of each of them, before the overall weight.
         adapters: One module a level, from student to teacher channels, trained with the student.
         criterion: The student's criterion, once the training has begun.
+        state: What a resumed training needs beside the student's checkpoint.
 
     Examples:
         >>> YOLO("yolov8n.pt").train(trainer=CWDTrainer, teacher="yolov8l.pt", data="coco8.yaml", epochs=10)
@@ -78,11 +88,19 @@ class CWDTrainer(DetectionTrainer):
         check_names(base | arguments, DEFAULT_CFG_DICT.keys() | EXTRA_ARGUMENTS)
 
         base = {**DEFAULT_CFG_DICT, **base}
-        arguments["model"] = student_path(options.pop("student", None), arguments.get("model"), base["model"])
+        student, model = options.pop("student", None), arguments.get("model")
+        checkpoint = checkpoint_to_resume(arguments.get("resume", base["resume"]), student or model or base["model"])
+        if checkpoint:
+            arguments["resume"] = arguments["model"] = str(checkpoint)
+            self.state = load_state(checkpoint)
+            options = self._options_of_resumed_run(options)
+        else:
+            arguments["model"] = student_path(student, model, base["model"])
+            self.state = RunState({})
         self.cwd = Settings.parse(options)
         args = get_cfg(base, {**arguments})
         refuse_unsupported(args)
-        self.teacher = load_teacher(self.cwd.teacher)
+        self.teacher = load_teacher(self.cwd.teacher, self.cwd.trust_teacher)
         arguments["data"] = digits.resolve(arguments.get("data", base["data"]))
 
         self.levels: list[Level] = []
@@ -90,9 +108,16 @@ class CWDTrainer(DetectionTrainer):
         self.adapters = nn.ModuleList()
         self.criterion: CWDLoss | None = None
         self._batches = 0
-        self._made_folders = _missing_folders(get_save_dir(args)) if RANK in {-1, 0} else []
+        self._made_folders = _missing_folders(get_save_dir(args)) if RANK in {-1, 0} and not args.resume else []
         with self._leaving_nothing_behind():
             super().__init__(base, arguments, _callbacks)
+
+    def _options_of_resumed_run(self, given: dict[str, Any]) -> dict[str, Any]:
+        replaced = {name: value for name, value in given.items() if name in {"teacher", "trust_teacher"} and value}
+        if ignored := sorted(given.keys() - replaced.keys()):
+            LOGGER.warning(f"{colorstr('CWD:')} a resumed run keeps its options; ignored: {', '.join(ignored)}")
+        self.state.options.update(replaced)
+        return self.state.options
 
     def setup_model(self) -> Any:
         """Build the student, match its pyramid with the teacher's, and make the adapters."""
@@ -136,12 +161,16 @@ class CWDTrainer(DetectionTrainer):
             tau=self.cwd.tau,
             normalize=self.cwd.normalize,
         )
-        self.add_callback("on_train_epoch_start", CWDTrainer._set_weight)
+        self.state.options = self._plain_options()
+        self.add_callback("on_train_epoch_start", CWDTrainer._begin_epoch)
         if RANK in {-1, 0}:
             self._record_settings()
 
-    def _set_weight(self) -> None:
+    def _begin_epoch(self) -> None:
         assert self.criterion is not None
+        self.teacher.eval().requires_grad_(False)  # whatever a callback has done to it
+        if dropped := int(self.criterion.dropped):
+            LOGGER.warning(f"{colorstr('CWD:')} {dropped} terms were not finite and have been left out so far")
         self.criterion.weight = self.cwd.weight(self.epoch, self.epochs) * self.cwd.cwd_every
         self._batches = 0
 
@@ -169,9 +198,22 @@ class CWDTrainer(DetectionTrainer):
             f"({self.teacher.parameter_count / 1e6:.1f}M parameters, {self.teacher.precision}), weight "
             f"{self.cwd.cwd:g}, tau {self.cwd.tau:g}"
         )
-        settings = {**vars(self.cwd), "teacher": teacher, "levels": [level.stride for level in self.levels]}
-        settings["teacher_dtype"] = self.teacher.precision.name
+        if self.teacher.names != self.data["names"]:
+            LOGGER.info(
+                f"{colorstr('CWD:')} the teacher's classes are not those of the data; a teacher trained on such data "
+                f"teaches more"
+            )
+        settings = {**self.state.options, "teacher": teacher, "teacher_dtype": self.teacher.precision.name}
         YAML.save(self.save_dir / "cwd.yaml", settings)
+
+    def _plain_options(self) -> dict[str, Any]:
+        teacher = self.cwd.teacher
+        if isinstance(teacher, str):
+            teacher = str(Path(teacher).resolve()) if Path(teacher).exists() else teacher
+        else:
+            teacher = None
+        levels, weights = [level.stride for level in self.levels], list(self.cwd.level_weights)
+        return {**vars(self.cwd), "teacher": teacher, "levels": levels, "level_weights": weights}
 
     def optimizer_step(self) -> None:
         """Clip the adapters' gradient by its own norm, then step as Ultralytics does.
@@ -199,13 +241,30 @@ class CWDTrainer(DetectionTrainer):
             raise unusable_data(self.args.data, error.__cause__ or error) from error
 
     def save_model(self) -> Any:
-        """Write the checkpoints, with the optimizer's state of the student alone."""
-        with self._adapters_set_aside():
+        """Write the checkpoints, with the optimizer's state of the student alone; ours lies beside them."""
+        self.state.remember(self.epoch, self.adapters, self.optimizer)
+        self.wdir.mkdir(parents=True, exist_ok=True)
+        self.state.save(self.wdir)
+        with self._adapters_set_aside(), checkpoints_written_whole(self):
             return super().save_model()
+
+    def final_eval(self) -> None:
+        """Strip and score the checkpoints as Ultralytics does; a finished run needs no state to go on from."""
+        with optimizers_stripped_whole():
+            super().final_eval()
+        if RANK in {-1, 0}:
+            (self.wdir / STATE_FILE).unlink(missing_ok=True)
+
+    def resume_training(self, ckpt: Any) -> None:
+        """Go on where the checkpoint stands; epochs that were begun after it are run again."""
+        super().resume_training(ckpt)
+        if self.resume and RANK in {-1, 0}:
+            drop_rows_after(self.csv, self.start_epoch)
 
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
         with self._adapters_set_aside():
             super()._load_checkpoint_state(ckpt)
+        self.state.restore(ckpt["epoch"], self.adapters, self.optimizer)
 
     @contextmanager
     def _adapters_set_aside(self) -> Iterator[None]:
@@ -264,16 +323,15 @@ def refuse_unsupported(args: Any) -> None:
     """
     several_devices = "," in str(args.device) or (isinstance(args.device, list | tuple) and len(args.device) > 1)
     refusals = {
-        "data": (args.data is None, "missing; give a data set, such as data=coco8.yaml or data=digits"),
+        "data": (
+            args.data is None and not args.resume,
+            "missing; give a data set, such as data=coco8.yaml or data=digits",
+        ),
         "task": (args.task not in {None, "detect"}, "only task=detect can be distilled"),
         "distill_model": (args.distill_model is not None, "is Ultralytics' own distillation; use teacher= instead"),
         "quantize": (args.quantize == 8, "training for int8 takes no teacher; quantize the student at export"),
         "batch": (args.batch < 1, "the memory estimate does not know the teacher; give a number of images, batch=16"),
         "device": (several_devices, "a distilled training runs on one device so far; give one, such as device=0"),
-        "resume": (
-            bool(args.resume),
-            "a distilled training cannot be resumed with its teacher yet; train on without it by 'yolo train resume'",
-        ),
     }
     for name, (refused, reason) in refusals.items():
         if refused:

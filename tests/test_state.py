@@ -1,0 +1,232 @@
+"""Going on after an interruption: nothing is lost, nothing is torn, nothing is trained twice."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from test_trainer import TERMS, rows
+from torch import nn
+from ultralytics import YOLO
+from ultralytics.nn.tasks import DetectionModel
+
+from yolo_cwd import ConfigError, CWDTrainer
+from yolo_cwd.state import FILE, RunState, checkpoints_written_whole, drop_rows_after, load_state, write_whole
+
+Train = Callable[..., CWDTrainer]
+
+
+class StopError(Exception):
+    """Stands for a kill, at a moment between two epochs."""
+
+
+def interrupt_after(epoch: int) -> Callable[[CWDTrainer], None]:
+    def stop(trainer: CWDTrainer) -> None:
+        if trainer.epoch + 1 == epoch:
+            raise StopError
+
+    return stop
+
+
+def interrupted(train: Train, tmp_path: Path, epoch: int, **arguments: Any) -> Path:
+    """Run a training that is interrupted after an epoch, and return its last.pt."""
+    with pytest.raises(StopError):
+        train(name="run", callbacks={"on_fit_epoch_end": interrupt_after(epoch)}, **arguments)
+    return tmp_path / "runs" / "run" / "weights" / "last.pt"
+
+
+def resume(last: Path, callbacks: dict[str, Any] | None = None, **overrides: Any) -> CWDTrainer:
+    trainer = CWDTrainer(overrides={"resume": str(last), **overrides})
+    for event, callback in (callbacks or {}).items():
+        trainer.add_callback(event, callback)
+    trainer.train()
+    return trainer
+
+
+def test_resume_goes_on_where_it_stopped(train: Train, tmp_path: Path) -> None:
+    options = {"cwd": 20.0, "tau": 2.0, "levels": "P4,P5", "level_weights": [1.0, 0.5], "optimizer": "AdamW"}
+    last = interrupted(train, tmp_path, 2, epochs=4, **options)
+    saved = load_state(last)
+    assert list(saved.epochs) == [0, 1]
+    seen: list[Any] = []
+
+    def look(trainer: CWDTrainer) -> None:
+        assert trainer.start_epoch == 2
+        ours = trainer.adapters.state_dict()
+        assert all(torch.equal(ours[k], v) for k, v in saved.epochs[1]["adapters"].items())
+        for parameter, moments in zip(trainer.adapters.parameters(), saved.epochs[1]["optimizer"], strict=True):
+            assert all(torch.equal(trainer.optimizer.state[parameter][k], v) for k, v in moments.items())
+        seen.append(trainer.optimizer.param_groups[-1]["lr"] == trainer.optimizer.param_groups[0]["lr"])
+
+    trainer = resume(last, {"on_train_start": look})
+    assert seen
+    assert [row["epoch"] for row in rows(trainer)] == [1, 2, 3, 4]
+    assert (trainer.cwd.cwd, trainer.cwd.tau, trainer.cwd.levels, trainer.level_weights) == (20, 2, (16, 32), [1, 0.5])
+    assert yaml.safe_load((trainer.save_dir / "cwd.yaml").read_text())["teacher"] == "yolov8s.yaml"
+    assert trainer.save_dir == last.parent.parent
+    assert sorted(f.name for f in last.parent.iterdir()) == ["best.pt", "last.pt"]
+    assert type(YOLO(last).model) is DetectionModel
+
+
+def test_resume_by_the_model_object(train: Train, tmp_path: Path) -> None:
+    last = interrupted(train, tmp_path, 1, epochs=2)
+    model = YOLO(last)
+    model.train(resume=True, trainer=CWDTrainer)
+    assert [row["epoch"] for row in rows(model.trainer)] == [1, 2]
+
+
+def test_the_seam_does_not_show_but_would_without_the_adapters(train: Train, tmp_path: Path) -> None:
+    """The divergence in the first epoch after the seam, against that of the last epoch before it."""
+    still = {"mosaic": 0.0, "fliplr": 0.0, "scale": 0.0, "translate": 0.0, "hsv_v": 0.0}
+    last = interrupted(train, tmp_path, 10, epochs=12, lr0=2e-3, **still)
+    copy = tmp_path / "copy" / "weights" / "last.pt"
+    copy.parent.mkdir(parents=True)
+    state = load_state(last)
+    for file in (last, last.parent.parent / "results.csv"):
+        (copy.parent / file.name if file == last else copy.parent.parent / file.name).write_bytes(file.read_bytes())
+    fresh = nn.ModuleList(
+        nn.Conv2d(w.shape[1], w.shape[0], 1, bias=False) for w in state.epochs[9]["adapters"].values()
+    )
+    state.epochs[9]["adapters"] = fresh.state_dict()
+    state.save(copy.parent)
+
+    def first_epoch_after(checkpoint: Path) -> float:
+        trainer = resume(checkpoint, save_dir=str(checkpoint.parent.parent))
+        return next(row["train/cwd_loss"] for row in rows(trainer) if row["epoch"] == 11)
+
+    before = float((last.parent.parent / "results.csv").read_text().splitlines()[10].split(",")[_column(last)])
+    kept, lost = first_epoch_after(last), first_epoch_after(copy)
+    assert kept == pytest.approx(before, rel=0.1)
+    assert lost > 1.2 * before
+
+
+def _column(last: Path) -> int:
+    return (last.parent.parent / "results.csv").read_text().splitlines()[0].split(",").index("train/cwd_loss")
+
+
+def test_a_teacher_can_be_replaced_but_must_fit(train: Train, tmp_path: Path, checkpoints: Path) -> None:
+    last = interrupted(train, tmp_path, 1, epochs=2, teacher=str(checkpoints / "small.pt"))
+    state = load_state(last)
+    state.options["teacher"] = str(tmp_path / "moved.pt")
+    state.save(last.parent)
+    before = sorted(str(f) for f in tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=r"teacher=.*moved.pt: "):
+        resume(last)
+    with pytest.raises(ConfigError, match=r"teacher=yolov8s.yaml: asks for adapters of \[\(128, 64, 1, 1\)"):
+        resume(last, teacher="yolov8s.yaml")
+    (tmp_path / "p2.yaml").write_text(_other_levels())
+    with pytest.raises(ConfigError, match="levels=P3,P4,P5: "):
+        resume(last, teacher=str(tmp_path / "p2.yaml"))
+    assert sorted(str(f) for f in tmp_path.rglob("*") if f.name != "p2.yaml") == before
+    assert resume(last, teacher=str(checkpoints / "small.pt"), tau=3.0).cwd.tau == 1  # a run keeps its options
+
+
+def _other_levels() -> str:
+    model = {
+        "nc": 3,
+        "backbone": [[-1, 1, "Conv", [16, 3, 2]], [-1, 1, "Conv", [16, 3, 2]], [-1, 1, "Conv", [16, 3, 2]]],
+        "head": [[-1, 1, "Conv", [16, 3, 2]], [[2, 3], 1, "Detect", ["nc"]]],
+    }
+    return yaml.safe_dump(model)
+
+
+@pytest.mark.parametrize("kind", ["finished", "hostile", "torn"])
+def test_states_that_cannot_be_used(train: Train, tmp_path: Path, kind: str) -> None:
+    last = interrupted(train, tmp_path, 1, epochs=2)
+    file, marker = last.parent / FILE, tmp_path / "ran"
+    if kind == "finished":
+        resume(last)
+    elif kind == "hostile":
+        torch.save({"options": Payload(marker), "epochs": {}}, file)
+    else:
+        file.write_bytes(file.read_bytes()[:1000])
+    message = "the training is finished, or it had no teacher" if kind == "finished" else "cwd.pt cannot be read"
+    with pytest.raises(ConfigError, match=message) as error:
+        resume(last)
+    assert "\n" not in str(error.value)
+    assert not marker.exists()
+
+
+class Payload:
+    """Makes a file when it is unpickled without restriction."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+def test_checkpoints_are_moved_when_complete(tmp_path: Path) -> None:
+    class Trainer:
+        wdir, last, best = tmp_path, tmp_path / "last.pt", tmp_path / "best.pt"
+
+    trainer = Trainer()
+    write_whole(tmp_path / "last.pt", b"old")
+    with pytest.raises(AttributeError), checkpoints_written_whole(trainer):
+        trainer.no_such_file.write_bytes(trainer.last.write_bytes(b"ne"))
+    assert (tmp_path / "last.pt").read_bytes() == b"old"
+    with checkpoints_written_whole(trainer):
+        trainer.last.write_bytes(b"new")
+        trainer.best.write_bytes(b"new")
+        (trainer.wdir / "epoch3.pt").write_bytes(b"new")
+        assert (tmp_path / "last.pt").read_bytes() == b"old"
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == dict.fromkeys(
+        ("last.pt", "best.pt", "epoch3.pt"), b"new"
+    )
+    assert trainer.last == tmp_path / "last.pt"
+
+
+def test_rows_of_lost_epochs_are_dropped(tmp_path: Path) -> None:
+    table = tmp_path / "results.csv"
+    table.write_text("epoch,time,loss\n1,5,0.5\n2,9,0.4\n3,14,0.3\n4,18")
+    drop_rows_after(table, 2)
+    assert table.read_text() == "epoch,time,loss\n1,5,0.5\n2,9,0.4\n"
+    drop_rows_after(tmp_path / "absent.csv", 2)
+
+
+def test_only_the_last_epochs_are_kept() -> None:
+    adapters = nn.ModuleList([nn.Conv2d(2, 3, 1)])
+    state = RunState({})
+    for epoch in range(4):
+        state.remember(epoch, adapters, torch.optim.SGD(adapters.parameters()))
+    assert list(state.epochs) == [2, 3]
+    with pytest.raises(ConfigError, match=r"cwd.pt is of epoch 3 and 4, the checkpoint of 1; resume from last.pt"):
+        state.restore(0, adapters, torch.optim.SGD(adapters.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("number", "word", "code"), [(signal.SIGTERM, "terminated", 143), (signal.SIGINT, "interrupted", 130)]
+)
+def test_signals_end_a_training_with_one_line(data: str, tmp_path: Path, number: int, word: str, code: int) -> None:
+    command = [sys.executable, "-m", "yolo_cwd", "train", "teacher=yolov8s.yaml", "student=yolov8n.yaml"]
+    short = ["imgsz=64", "batch=4", "epochs=500", "plots=False", "amp=False", "device=cpu", "val=False"]
+    place = [f"data={data}", f"project={tmp_path}", "name=run"]
+    process = subprocess.Popen(
+        [*command, *short, *place], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path
+    )
+    last = tmp_path / "run" / "weights" / "last.pt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    line = errors.strip().splitlines()[-1]
+    assert process.returncode == code
+    assert line == f"yolo_cwd: {word}; 'yolo_cwd train resume model={last}' goes on"
+    assert "Traceback" not in errors
+    assert os.fspath(last) in line
+    assert type(YOLO(last).model) is DetectionModel
+
+
+def test_terms_after_resume_are_of_the_same_columns(train: Train, tmp_path: Path) -> None:
+    last = interrupted(train, tmp_path, 1, epochs=2)
+    table = rows(resume(last))
+    assert all(row[f"train/{term}"] > 0 for row in table for term in TERMS)

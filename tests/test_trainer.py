@@ -1,13 +1,16 @@
 """What distillation does and what it leaves alone, in real short trainings."""
 
 import csv
+import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from conftest import SHORT, TAUGHT
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -418,3 +421,49 @@ def test_a_folder_that_was_there_before_stays(train: Train, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="level_weights"):
         train(name="mine", exist_ok=True, level_weights=(1, 2))
     assert kept.read_text() == "keep"
+
+
+def test_two_runs_begun_at_once_get_folders_of_their_own(data: str, tmp_path: Path) -> None:
+    def begin(_: int) -> CWDTrainer:
+        return CWDTrainer(overrides={**TAUGHT, **SHORT, "data": data, "project": str(tmp_path / "runs")})
+
+    with ThreadPoolExecutor(4) as pool:
+        folders = [trainer.save_dir.name for trainer in pool.map(begin, range(4))]
+    assert sorted(folders) == ["train", "train-2", "train-3", "train-4"]
+
+
+@pytest.mark.parametrize("names", [None, "coco"])
+def test_advice_on_classes(
+    train: Train,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoints: Path,
+    data: str,
+    names: str | None,
+) -> None:
+    monkeypatch.setattr("ultralytics.utils.LOGGER.propagate", True)
+    teacher = YOLO(checkpoints / "small.pt")
+    teacher.model.names = {0: names} if names else yaml.safe_load(Path(data).read_text())["names"]
+    train(teacher=teacher)
+    assert ("the teacher's classes are not those of the data" in caplog.text) == (names is not None)
+
+
+@pytest.mark.slow
+def test_three_hundred_steps_leak_nothing(train: Train) -> None:
+    seen: list[tuple[float, int, int]] = []
+
+    def look(trainer: CWDTrainer) -> None:
+        if trainer.epoch not in {35, 74}:
+            return
+        gc.collect()
+        modules = [*trainer.model.modules(), *trainer.teacher.modules(), *trainer.adapters.modules()]
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)
+        tensors = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        seen.append((pages, tensors, hooks))
+
+    train(epochs=75, batch=2, nbs=2, save=False, callbacks={"on_train_epoch_end": look})  # 4 steps an epoch
+    (pages, tensors, hooks), (pages_later, tensors_later, hooks_later) = seen
+    assert pages_later < 1.01 * pages
+    assert tensors_later <= tensors
+    assert hooks_later == hooks == 0

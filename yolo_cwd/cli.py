@@ -157,7 +157,11 @@ def parse(words: list[str]) -> dict[str, Any]:
     from ultralytics.utils.checks import check_yaml
 
     given: dict[str, Any] = {}
-    for word in merge_equals_args(words):
+    try:
+        merged = merge_equals_args(words)
+    except SyntaxError as error:
+        raise ConfigError(f"{first_line(error)}; close it, or quote the value") from error
+    for word in merged:
         if "=" in word:
             try:
                 key, value = parse_key_value_pair(word.rstrip(","))

@@ -239,9 +239,7 @@ def _load(path: str, argument: str, trust: bool) -> nn.Module:
             return model
     except Exception as error:
         remedy = "give an existing .pt checkpoint of a detector"
-        if (
-            isinstance(error, TypeError) and not trust and is_zipfile(path)
-        ):  # a whole file that the restricted loader refuses
+        if isinstance(error, TypeError) and not trust and is_zipfile(path):  # whole, yet refused
             remedy += ", or if you trust the origin of this one, trust_teacher=True"
         raise ConfigError(f"{argument}: {first_line(error)}; {remedy}") from error
     raise ConfigError(f"{argument}: the suffix {suffix} is none of .pt, .yaml; give a checkpoint or a model file")

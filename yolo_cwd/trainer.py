@@ -108,7 +108,10 @@ class CWDTrainer(DetectionTrainer):
         self.adapters = nn.ModuleList()
         self.criterion: CWDLoss | None = None
         self._batches = 0
-        self._made_folders = _missing_folders(get_save_dir(args)) if RANK in {-1, 0} and not args.resume else []
+        self._made_folders: list[Path] = []
+        if RANK in {-1, 0} and not args.resume:
+            folder, self._made_folders = _claim_folder(args)
+            arguments["save_dir"] = str(folder)
         with self._leaving_nothing_behind():
             super().__init__(base, arguments, _callbacks)
 
@@ -296,9 +299,19 @@ class CWDTrainer(DetectionTrainer):
             raise
 
 
-def _missing_folders(path: Path) -> list[Path]:
-    """Return the folders that have to be made for a path, the innermost first."""
-    return [folder for folder in (path, *path.parents) if not folder.exists()]
+def _claim_folder(args: Any) -> tuple[Path, list[Path]]:
+    """Make the run folder, and return it with all folders made for it, the innermost first.
+
+    Ultralytics looks for a free name first and makes the folder later: two runs begun at once would get the same.
+    """
+    while True:
+        folder = get_save_dir(args)
+        missing = [f for f in (folder, *folder.parents) if not f.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(args.exist_ok or getattr(args, "save_dir", None)))
+            return folder, missing
+        except FileExistsError:
+            continue
 
 
 def student_path(student: Any, model: Any, default: Any) -> str:

@@ -230,3 +230,25 @@ def test_terms_after_resume_are_of_the_same_columns(train: Train, tmp_path: Path
     last = interrupted(train, tmp_path, 1, epochs=2)
     table = rows(resume(last))
     assert all(row[f"train/{term}"] > 0 for row in table for term in TERMS)
+
+
+def test_plain_ultralytics_takes_a_checkpoint_in_the_middle_of_a_run(train: Train, tmp_path: Path, data: str) -> None:
+    last = interrupted(train, tmp_path, 1, epochs=2)
+    model = YOLO(last)
+    assert model.val(data=data, imgsz=64, plots=False, project=tmp_path, device="cpu").box.map >= 0
+    assert len(model.predict(torch.rand(1, 3, 64, 64), verbose=False)) == 1
+    assert Path(model.export(format="torchscript", imgsz=64)).exists()
+
+
+def test_two_trainings_at_once(data: str, tmp_path: Path) -> None:
+    """Of the same data and teacher, into the same project: each is what it is alone."""
+    command = [sys.executable, "-m", "yolo_cwd", "train", "teacher=yolov8s.yaml", "student=yolov8n.yaml"]
+    short = ["imgsz=64", "batch=4", "epochs=2", "plots=False", "amp=False", "device=cpu", "teacher_dtype=fp32"]
+    place = [f"data={data}", f"project={tmp_path}"]
+    processes = [
+        subprocess.Popen([*command, *short, *place], stdout=subprocess.DEVNULL, cwd=tmp_path) for _ in range(2)
+    ]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    tables = [(tmp_path / name / "results.csv").read_text().splitlines() for name in ("train", "train-2")]
+    without_time = [[[*row.split(",")[:1], *row.split(",")[2:]] for row in table] for table in tables]
+    assert without_time[0] == without_time[1]

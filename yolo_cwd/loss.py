@@ -98,7 +98,7 @@ class CWDLoss:
     Attributes:
         criterion: The wrapped detection criterion.
         weight: Overall weight of the divergences; the trainer sets it for every epoch.
-        dropped: How many terms were not finite and were left out.
+        dropped: How many terms were not finite and were left out since somebody set it to 0.
     """
 
     def __init__(

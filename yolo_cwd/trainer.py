@@ -166,16 +166,21 @@ class CWDTrainer(DetectionTrainer):
         )
         self.state.options = self._plain_options()
         self.add_callback("on_train_epoch_start", CWDTrainer._begin_epoch)
+        self.add_callback("on_train_epoch_end", CWDTrainer._report_dropped_terms)
         if RANK in {-1, 0}:
             self._record_settings()
 
     def _begin_epoch(self) -> None:
         assert self.criterion is not None
         self.teacher.eval().requires_grad_(False)  # whatever a callback has done to it
-        if dropped := int(self.criterion.dropped):
-            LOGGER.warning(f"{colorstr('CWD:')} {dropped} terms were not finite and have been left out so far")
         self.criterion.weight = self.cwd.weight(self.epoch, self.epochs) * self.cwd.cwd_every
         self._batches = 0
+
+    def _report_dropped_terms(self) -> None:
+        assert self.criterion is not None
+        if dropped := int(self.criterion.dropped):
+            LOGGER.warning(f"{colorstr('CWD:')} {dropped} terms of this epoch were not finite and have been left out")
+            self.criterion.dropped = 0
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Prepare a batch as Ultralytics does, and add the teacher's pyramid of its images for the criterion.

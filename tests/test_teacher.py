@@ -31,7 +31,7 @@ def head_inputs(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
 def test_teacher_returns_what_its_head_would_receive(name: str) -> None:
     torch.manual_seed(0)
     model = DetectionModel(name, verbose=False).eval()
-    teacher = Teacher(model)
+    teacher = load_teacher(model)
     for ours, reference in zip(teacher(IMAGES), head_inputs(model, IMAGES), strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)  # batch normalization folded in
         assert not ours.requires_grad
@@ -40,7 +40,7 @@ def test_teacher_returns_what_its_head_would_receive(name: str) -> None:
 def test_teacher_leaves_the_given_model_alone_and_stays_frozen() -> None:
     model = DetectionModel("yolov8n.yaml", verbose=False).train()
     head = model.model[-1]
-    teacher = Teacher(model).train()
+    teacher = load_teacher(model).train()
     assert not any(isinstance(m, Detect | nn.BatchNorm2d) for m in teacher.modules())
     assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     assert model.model[-1] is head

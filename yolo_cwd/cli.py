@@ -119,6 +119,7 @@ def demo(words: list[str]) -> None:
 def train(words: list[str]) -> None:
     """Train a student under a teacher."""
     overrides = parse(words)
+    from yolo_cwd.state import FILE
     from yolo_cwd.trainer import CWDTrainer
 
     trainer = None
@@ -128,7 +129,7 @@ def train(words: list[str]) -> None:
     except ConfigError:
         raise
     except KeyboardInterrupt as interrupt:
-        if trainer is None or not trainer.last.exists():
+        if trainer is None or not (trainer.last.exists() and (trainer.wdir / FILE).exists()):
             raise
         remedy = f"'yolo_cwd train resume model={trainer.last}' goes on"
         raise type(interrupt)(f"{str(interrupt) or 'interrupted'}; {remedy}") from None

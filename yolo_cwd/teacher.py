@@ -65,10 +65,10 @@ class Teacher(nn.Module):
     """
 
     def __init__(self, model: nn.Module, argument: str = "teacher") -> None:
-        """Take a private copy of a detector, freeze it and cut its head off.
+        """Take a detector over, freeze it and cut its head off.
 
         Args:
-            model: The detector; it stays as it is.
+            model: The detector; give a copy of one that is still needed.
             argument: What the user named it by, for messages.
 
         Raises:
@@ -81,7 +81,9 @@ class Teacher(nn.Module):
         self.image_channels = next(model.parameters()).shape[1]
         self.names: dict[int, str] = dict(getattr(model, "names", {}))
         self.precision = Precision("fp32")
-        body: Any = _without_head(model).float().eval()
+        body: Any = model.float().eval()
+        body.__dict__.pop("criterion", None)
+        body.model[-1] = _HeadInputs(body.model[-1])
         self.body = body.fuse(verbose=False).requires_grad_(False).to(memory_format=torch.channels_last)
         self._grid = max(self.taps)
 
@@ -180,18 +182,6 @@ class _HeadInputs(nn.Module):
         return list(maps)
 
 
-def _without_head(model: nn.Module) -> nn.Module:
-    layers: Any = model.model
-    head = layers[-1]
-    layers[-1] = _HeadInputs(head)
-    try:
-        body = deepcopy(model)
-    finally:
-        layers[-1] = head
-    body.__dict__.pop("criterion", None)
-    return body
-
-
 def load_teacher(source: Any, trust: bool = False) -> Teacher:
     """Return the frozen teacher named by the option `teacher`.
 
@@ -211,7 +201,7 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
     model = source if isinstance(source, DetectionModel) else getattr(source, "model", None)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{argument}: not a model; give a name, a .pt or .yaml path, or a YOLO model")
-    return Teacher(model, argument)
+    return Teacher(deepcopy(model), argument)
 
 
 @contextmanager

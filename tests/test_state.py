@@ -53,6 +53,8 @@ def resume(last: Path, callbacks: dict[str, Any] | None = None, **overrides: Any
 def test_resume_goes_on_where_it_stopped(train: Train, tmp_path: Path) -> None:
     options = {"cwd": 20.0, "tau": 2.0, "levels": "P4,P5", "level_weights": [1.0, 0.5], "optimizer": "AdamW"}
     last = interrupted(train, tmp_path, 2, epochs=4, **options)
+    (last.parent / ".unfinished").mkdir()
+    (last.parent / ".cwd.pt.123").write_bytes(b"half")
     saved = load_state(last)
     assert list(saved.epochs) == [0, 1]
     seen: list[Any] = []

@@ -112,6 +112,8 @@ def load_state(checkpoint: Path) -> RunState:
             f"resume={checkpoint}: has no {FILE} beside it: the training is finished, or it had no teacher; "
             f"'yolo train resume' goes on without one"
         )
+    for leftover in checkpoint.parent.glob(".*"):  # of a kill while something was written
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
         return RunState(content["options"], content["epochs"])

@@ -78,8 +78,7 @@ def steps(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     arms["teacher: whole, fp32"] = lambda: whole(images)
     headless = deepcopy(whole)
     headless.model = headless.model[:-1]
-    save = [i for i in headless.save if i < len(headless.model)]
-    headless.save = save
+    headless.save = [i for i in headless.save if i < len(headless.model)]
     arms["teacher: no head"] = lambda: headless(images)
     exact = trainers["cwd-fp32"].teacher
     contiguous = deepcopy(exact)
@@ -107,16 +106,16 @@ def steps(words: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def interleaved(arms: dict[str, Callable[[], Any]], repeats: int, device: Any) -> dict[str, float]:
     """Return the median time of every arm, each warmed up once and then run in turns."""
+    from yolo_cwd.teacher import wait_for
+
     times: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(repeats + 1):
         for name, run in arms.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait_for(device)
             begin = time.perf_counter()
             with torch.set_grad_enabled(not name.startswith("teacher")):
                 run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait_for(device)
             if turn:
                 times[name].append(time.perf_counter() - begin)
     return {name: median(values) for name, values in times.items()}
@@ -223,19 +222,15 @@ def scaling(words: dict[str, Any], folder: Path) -> dict[str, Any]:
 def memory(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the peak memory of a process that makes a few steps of one arm, for every arm."""
     rows = {}
+    kept = [f"{k}={v}" for k, v in words.items() if k not in {"part", "arm", "json"}]
     for arm in ARMS:
-        peak = float(_run_self(words, "arm", arm).splitlines()[-1])
-        rows[arm] = {"peak MiB": peak}
+        command = [sys.executable, __file__, "part=arm", f"arm={arm}", *kept]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rows[arm] = {"peak MiB": float(output.splitlines()[-1])}
     for row in rows.values():
         row["of builtin"] = row["peak MiB"] / rows["builtin"]["peak MiB"]
     show("peak memory", rows)
     return rows
-
-
-def _run_self(words: dict[str, Any], part: str, arm: str) -> str:
-    kept = {k: v for k, v in words.items() if k not in {"part", "arm", "json"}}
-    command = [sys.executable, __file__, f"part={part}", f"arm={arm}", *(f"{k}={v}" for k, v in kept.items())]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def one_arm(words: dict[str, Any], folder: Path) -> dict[str, Any]:

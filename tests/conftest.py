@@ -33,6 +33,16 @@ SHORT = {
 TAUGHT = {"teacher": "yolov8s.yaml", "teacher_dtype": "fp32"}
 
 
+class Payload:
+    """Makes a file when it is unpickled without restriction."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """YAML path of a data set with 8 training and 4 validation images: two steps at batch 4."""

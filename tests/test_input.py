@@ -1,8 +1,8 @@
 """Whatever is typed: a training that starts, or one clear line, exit code 2, and nothing left behind."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -63,8 +63,17 @@ def words(draw: st.DrawFn) -> list[str]:
     return typed
 
 
-def try_out(typed: list[str], data: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def try_out(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[list[str]], None]:
     """Run the command up to its first step, and check how it ends."""
+    monkeypatch.setattr(CWDTrainer, "_do_train", lambda trainer: trainer._setup_train())  # preparations, and no step
+    monkeypatch.chdir(tmp_path)
+    return lambda typed: check(typed, data, tmp_path / "place", capsys)
+
+
+def check(typed: list[str], data: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     given_names = {word.partition("=")[0] for word in typed}
@@ -90,38 +99,17 @@ def try_out(typed: list[str], data: str, folder: Path, capsys: pytest.CaptureFix
         assert not any(folder.iterdir()), "something was left behind"
 
 
-def start_only(self: CWDTrainer, *args: Any) -> None:
-    """Stands for a training: all its preparations, and no step."""
-    self._setup_train()
-
-
 RELAXED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=RELAXED)
 @given(typed=words())
-def test_any_input(
-    typed: list[str],
-    data: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(CWDTrainer, "_do_train", start_only)
-    monkeypatch.chdir(tmp_path)
-    try_out(typed, data, tmp_path / "place", capsys)
+def test_any_input(typed: list[str], try_out: Callable[[list[str]], None]) -> None:
+    try_out(typed)
 
 
 @pytest.mark.slow
 @settings(max_examples=500, deadline=None, suppress_health_check=RELAXED)
 @given(typed=words())
-def test_much_more_input(
-    typed: list[str],
-    data: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(CWDTrainer, "_do_train", start_only)
-    monkeypatch.chdir(tmp_path)
-    try_out(typed, data, tmp_path / "place", capsys)
+def test_much_more_input(typed: list[str], try_out: Callable[[list[str]], None]) -> None:
+    try_out(typed)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import Payload
 from test_trainer import TERMS, rows
 from torch import nn
 from ultralytics import YOLO
@@ -154,16 +155,6 @@ def test_states_that_cannot_be_used(train: Train, tmp_path: Path, kind: str) -> 
         resume(last)
     assert "\n" not in str(error.value)
     assert not marker.exists()
-
-
-class Payload:
-    """Makes a file when it is unpickled without restriction."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.marker,)
 
 
 def test_checkpoints_are_moved_when_complete(tmp_path: Path) -> None:

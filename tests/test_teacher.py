@@ -1,10 +1,10 @@
 """The frozen teacher: without its head, faithful in every precision, and refused where it cannot be used."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from conftest import Payload
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.modules.head import Detect
@@ -162,16 +162,6 @@ def test_teachers_that_are_refused(checkpoints: Path, tmp_path: Path, source: st
     assert str(error.value).startswith(f"teacher={path}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-class Payload:
-    """Makes a file when it is unpickled without restriction."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.marker,)
 
 
 class CustomDetector(DetectionModel):

@@ -8,7 +8,6 @@ tensors, numbers and strings only, and is read by torch's restricted loader.
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import shutil
@@ -178,11 +177,7 @@ def drop_rows_after(table: Path, epoch: int) -> None:
     """Drop the rows of a `results.csv` that are of a later epoch (counted from 1), or that a kill has cut off."""
     if not table.exists():
         return
-    lines = table.read_text(encoding="utf-8").splitlines()
-    header, *rows = list(csv.reader(lines))
-    kept = [
-        line
-        for line, row in zip(lines[1:], rows, strict=True)
-        if len(row) == len(header) and row[0].strip().isdecimal() and int(row[0]) <= epoch
-    ]
-    write_whole(table, "\n".join([lines[0], *kept]) + "\n")
+    header, *rows = table.read_text(encoding="utf-8").splitlines()
+    epochs = [row.split(",")[0].strip() if row.count(",") == header.count(",") else "" for row in rows]
+    kept = [row for row, e in zip(rows, epochs, strict=True) if e.isdecimal() and int(e) <= epoch]
+    write_whole(table, "\n".join([header, *kept]) + "\n")

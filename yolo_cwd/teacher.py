@@ -159,14 +159,15 @@ def _seconds(teacher: Teacher, images: Tensor) -> float:
 
 
 def _timed(teacher: Teacher, images: Tensor) -> float:
-    _wait_for(images.device)
+    wait_for(images.device)
     begin = time.perf_counter()
     teacher(images)
-    _wait_for(images.device)
+    wait_for(images.device)
     return time.perf_counter() - begin
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given, before the clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

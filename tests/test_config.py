@@ -76,7 +76,7 @@ def test_refused_values_are_named_in_one_line(name: str, value: object) -> None:
 
 
 def test_constant_weight() -> None:
-    assert [settings(cwd=4).weight(epoch, 3) for epoch in range(3)] == [4, 4, 4]
+    assert [settings(cwd=4, schedule="constant").weight(epoch, 3) for epoch in range(3)] == [4, 4, 4]
 
 
 def test_linear_weight() -> None:
@@ -90,7 +90,7 @@ def test_cosine_weight() -> None:
 
 
 def test_weight_rises_during_warmup() -> None:
-    assert [settings(cwd=4, cwd_warmup=3).weight(epoch, 9) for epoch in range(5)] == [1, 2, 3, 4, 4]
+    assert [settings(cwd=4, schedule="constant", cwd_warmup=3).weight(epoch, 9) for epoch in range(5)] == [1, 2, 3, 4, 4]
 
 
 def test_weight_of_a_single_epoch() -> None:

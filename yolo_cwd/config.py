@@ -127,6 +127,12 @@ class Settings:
         risen = min((epoch + 1) / (self.cwd_warmup + 1), 1.0)
         return self.cwd * risen * (1 - fallen * (1 - self.cwd_final))
 
+    def course(self) -> str:
+        """Return the overall weight and its schedule in words."""
+        rise = f" after {self.cwd_warmup:g} epochs of rise" if self.cwd_warmup else ""
+        fall = "" if self.schedule == "constant" else f" falling to {self.cwd * self.cwd_final:g} ({self.schedule})"
+        return f"weight {self.cwd:g}{rise}{fall}"
+
     def weights_of(self, names: list[str]) -> list[float]:
         """Return one weight for each of the named levels.
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -54,7 +54,7 @@ class _Divergence(torch.autograd.Function):
         images_at_once = max(1, LARGEST_PART // student[0].numel())
         for i in range(0, len(student), images_at_once):
             part = slice(i, i + images_at_once)
-            log_q, log_p = _log_distribution(student[part], tau), _log_distribution(teacher[part], tau)
+            log_q, log_p = log_distribution(student[part], tau), log_distribution(teacher[part], tau)
             p = log_p.exp()
             total += torch.sum(log_p.sub_(log_q).mul_(p))
             if gradient is not None:
@@ -72,7 +72,8 @@ class _Divergence(torch.autograd.Function):
         return torch.where(asked_for, gradient * upstream, 0).to(ctx.dtype), None, None
 
 
-def _log_distribution(maps: Tensor, tau: float) -> Tensor:
+def log_distribution(maps: Tensor, tau: float) -> Tensor:
+    """Return the logarithm of every channel's distribution over the positions, [N, C, HW], of maps [N, C, H, W]."""
     return F.log_softmax(maps.flatten(2).to(_dtype(maps)) / tau, dim=-1)  # [N, C, HW]
 
 
@@ -99,6 +100,7 @@ class CWDLoss:
         criterion: The wrapped detection criterion.
         weight: Overall weight of the divergences; the trainer sets it for every epoch.
         dropped: How many terms were not finite and were left out since somebody set it to 0.
+        levels_mean: Mean weighted term of each level by name since the epoch began.
     """
 
     def __init__(
@@ -130,9 +132,23 @@ class CWDLoss:
         self.normalize = normalize
         self.weight = weight
         self.dropped: Tensor | int = 0
+        self._sums, self._calls = torch.zeros(len(self.levels)), 0
+
+    def begin_epoch(self, weight: float) -> None:
+        """Set the overall weight, and begin new means of the levels' terms."""
+        self.weight = weight
+        self._sums, self._calls = torch.zeros(len(self.levels)), 0
+
+    @property
+    def levels_mean(self) -> dict[str, float]:
+        """The mean over the calls since the epoch began; the items hold the sum alone, to keep progress bars narrow."""
+        means = (self._sums / max(self._calls, 1)).tolist()
+        return {f"{level.name}_loss": mean for level, mean in zip(self.levels, means, strict=True)}
 
     def __call__(self, preds: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss vector, scaled by the batch size as Ultralytics' own terms are, and its detached items.
+
+        The items are those of the detection loss and `cwd_loss`, the weighted sum over the levels.
 
         Args:
             preds: What the student's head returned. Predictions of the evaluation mode get the detection loss alone.
@@ -152,8 +168,9 @@ class CWDLoss:
             terms = torch.where(finite, terms, 0)
             terms = terms * terms.new_tensor(self.level_weights) * self.weight
             loss = torch.cat([loss, terms * len(batch["img"])])
-        named = {f"{level.name}_loss": term for level, term in zip(self.levels, terms.detach(), strict=True)}
-        return loss, {**items, **named, "cwd_loss": terms.detach().sum()}
+        terms = terms.detach()
+        self._sums, self._calls = self._sums.to(terms.device) + terms, self._calls + 1
+        return loss, {**items, "cwd_loss": terms.sum()}
 
     def divergences(self, features: Sequence[Tensor], pyramid: Sequence[Tensor]) -> list[Tensor]:
         """Return the unweighted divergence of every distilled level.
@@ -162,14 +179,21 @@ class CWDLoss:
             features: The student's pyramid, one map [N, C, H, W] for each input of its head.
             pyramid: The teacher's.
         """
-        terms = []
+        return [channel_wise_divergence(s, t, self.tau) for s, t in self.pairs(features, pyramid)]
+
+    def pairs(self, features: Sequence[Tensor], pyramid: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the maps of student and teacher [N, C, H, W] that are compared, for every distilled level.
+
+        Args:
+            features: The student's pyramid, one map for each input of its head.
+            pyramid: The teacher's.
+        """
         for level, adapter in zip(self.levels, self.adapters, strict=True):
             student = adapter(features[level.student_index])
             teacher = pyramid[level.teacher_index]
             if self.normalize:
                 student, teacher = standardize(student), standardize(teacher)
-            terms.append(channel_wise_divergence(student, teacher, self.tau))
-        return terms
+            yield student, teacher
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the wrapped criterion: end-to-end heads expect `update` once an epoch."""

@@ -30,6 +30,7 @@ from yolo_cwd import digits
 from yolo_cwd.config import ConfigError, Settings, check_names, first_line, split_options, unusable_data, with_suffix
 from yolo_cwd.fpn import Level, build_adapters, match_levels, pyramid_taps
 from yolo_cwd.loss import CWDLoss
+from yolo_cwd.report import WEIGHT, beginning, outcome, read_curves
 from yolo_cwd.state import FILE as STATE_FILE
 from yolo_cwd.state import (
     RunState,
@@ -140,7 +141,8 @@ class CWDTrainer(DetectionTrainer):
         if self.args.amp == "bf16" and self.device.type != "cuda":
             raise ConfigError(f"amp=bf16: Ultralytics has it on CUDA only, not on device={self.device}; use amp=False")
         self.adapters = build_adapters(self.levels, self.cwd.adapter).to(self.device)
-        self.teacher.to(self.device)
+        if self.cwd.cwd:
+            self.teacher.to(self.device)
         return checkpoint
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -154,7 +156,8 @@ class CWDTrainer(DetectionTrainer):
     def _setup_train(self) -> None:
         with self._leaving_nothing_behind():
             super()._setup_train()
-            self.teacher.calibrate(self.cwd.teacher_dtype, self._validation_image())
+            if self.cwd.cwd:
+                self.teacher.calibrate(self.cwd.teacher_dtype, self._validation_image())
         student = unwrap_model(self.model)
         self.criterion = student.criterion = CWDLoss(
             getattr(student, "criterion", None) or student.init_criterion(),
@@ -169,11 +172,12 @@ class CWDTrainer(DetectionTrainer):
         self.add_callback("on_train_epoch_end", CWDTrainer._report_dropped_terms)
         if RANK in {-1, 0}:
             self._record_settings()
+            self.add_callback("on_train_end", CWDTrainer._report_outcome)
 
     def _begin_epoch(self) -> None:
         assert self.criterion is not None
         self.teacher.eval().requires_grad_(False)  # whatever a callback has done to it
-        self.criterion.weight = self.cwd.weight(self.epoch, self.epochs) * self.cwd.cwd_every
+        self.criterion.begin_epoch(self.cwd.weight(self.epoch, self.epochs) * self.cwd.cwd_every)
         self._batches = 0
 
     def _report_dropped_terms(self) -> None:
@@ -199,20 +203,27 @@ class CWDTrainer(DetectionTrainer):
         return torch.from_numpy(image).to(self.device).permute(2, 0, 1)[None] / 255
 
     def _record_settings(self) -> None:
-        names = ", ".join(level.name for level in self.levels)
-        teacher = self.teacher.argument.removeprefix("teacher=")
-        LOGGER.info(
-            f"{colorstr('CWD:')} {Path(self.args.model).stem} learns {names} from {teacher} "
-            f"({self.teacher.parameter_count / 1e6:.1f}M parameters, {self.teacher.precision}), weight "
-            f"{self.cwd.cwd:g}, tau {self.cwd.tau:g}"
-        )
-        if self.teacher.names != self.data["names"]:
-            LOGGER.info(
-                f"{colorstr('CWD:')} the teacher's classes are not those of the data; a teacher trained on such data "
-                f"teaches more"
-            )
-        settings = {**self.state.options, "teacher": teacher, "teacher_dtype": self.teacher.precision.name}
+        self._say(beginning(Path(self.state.options["student"]).stem, self.teacher, self.cwd, self.weights_by_level))
+        settings = {**self.state.options, "teacher": self.teacher.argument.removeprefix("teacher=")}
+        if self.cwd.cwd:
+            settings["teacher_dtype"] = self.teacher.precision.name
+            if self.teacher.names != self.data["names"]:
+                self._say(
+                    "the teacher's classes are not those of the data; a teacher trained on such data teaches more"
+                )
         YAML.save(self.save_dir / "cwd.yaml", settings)
+
+    def _report_outcome(self) -> None:
+        self._say(outcome(read_curves(self.csv, self.weights_by_level)))
+
+    def _say(self, sentence: str) -> None:
+        if self.args.verbose:
+            LOGGER.info(f"{colorstr('CWD:')} {sentence}")
+
+    @property
+    def weights_by_level(self) -> dict[str, float]:
+        """The weight of every distilled level by its name, before the overall weight."""
+        return {level.name: weight for level, weight in zip(self.levels, self.level_weights, strict=True)}
 
     def _plain_options(self) -> dict[str, Any]:
         teacher = self.cwd.teacher
@@ -220,8 +231,16 @@ class CWDTrainer(DetectionTrainer):
             teacher = str(Path(teacher).resolve()) if Path(teacher).exists() else teacher
         else:
             teacher = None
+        begun_with = unwrap_model(self.model).yaml.get("yaml_file") if self.resume else self.args.model
+        student = self.state.options.get("student") or str(begun_with)
         levels, weights = [level.stride for level in self.levels], list(self.cwd.level_weights)
-        return {**vars(self.cwd), "teacher": teacher, "levels": levels, "level_weights": weights}
+        return {
+            **vars(self.cwd),
+            "teacher": teacher,
+            "student": student,
+            "levels": levels,
+            "level_weights": weights,
+        }
 
     def optimizer_step(self) -> None:
         """Clip the adapters' gradient by its own norm, then step as Ultralytics does.
@@ -234,12 +253,20 @@ class CWDTrainer(DetectionTrainer):
         super().optimizer_step()
 
     def label_loss_items(self, loss_items: dict[str, Any] | None = None, prefix: str = "train") -> Any:
-        """Label the loss items; the divergences exist in training only, so validation gets no column of zeros."""
+        """Label the loss items, in training with the term of every level before their sum, and with the weight.
+
+        The progress bar shows the sum alone. The divergences exist in training only, so validation gets no column of
+        zeros.
+        """
         labels = super().label_loss_items(loss_items, prefix)
-        ours = {f"val/{level.name}_loss" for level in self.levels} | {"val/cwd_loss"}
-        if isinstance(labels, dict):
-            return {name: value for name, value in labels.items() if name not in ours}
-        return [name for name in labels if name not in ours]
+        total = f"{prefix}/cwd_loss"
+        if not isinstance(labels, dict):
+            return [name for name in labels if name != total]
+        ours = {total: labels.pop(total, 0.0)}
+        if prefix == "val" or self.criterion is None:
+            return labels
+        levels = {f"{prefix}/{name}": mean for name, mean in self.criterion.levels_mean.items()}
+        return {**labels, **levels, **ours, WEIGHT: self.criterion.weight / self.cwd.cwd_every}
 
     def get_dataset(self) -> Any:
         """Resolve `data` as Ultralytics does."""

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What a run says of its distillation: a sentence at the start, one at the end, and the curves in its results.csv."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from yolo_cwd.config import Settings
+from yolo_cwd.teacher import Teacher
+
+WEIGHT = "train/cwd_weight"  # the column of the overall weight
+SCORE = "metrics/mAP50-95(B)"
+
+
+class Curves(NamedTuple):
+    """The course of a run, one value an epoch.
+
+    Attributes:
+        epochs: Epochs as `results.csv` counts them, from 1.
+        detection: The detection loss in training, without our terms.
+        weight: The overall weight.
+        terms: By level the weighted term of the training loss.
+        divergence: By level the divergence itself, in nats, with the weights taken out; nan while they are 0.
+        score: mAP50-95 on the validation images; 0 where an epoch was not validated.
+    """
+
+    epochs: list[int]
+    detection: list[float]
+    weight: list[float]
+    terms: dict[str, list[float]]
+    divergence: dict[str, list[float]]
+    score: list[float]
+
+
+def read_curves(table: Path, level_weights: Mapping[str, float]) -> Curves:
+    """Read the curves from a `results.csv`, so that they are whole after `resume` too.
+
+    Args:
+        table: The file.
+        level_weights: The weight of every distilled level by its name (`P3`), finest first.
+    """
+    with table.open(encoding="utf-8") as file:
+        rows = [{name.strip(): float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    ours = {f"train/{name}_loss" for name in level_weights} | {"train/cwd_loss"}
+    detection = [n for n in rows[0] if n.startswith("train/") and n.endswith("_loss") and n not in ours]
+    terms = {name: [row[f"train/{name}_loss"] for row in rows] for name in level_weights}
+    weight = [row[WEIGHT] for row in rows]
+    divergence = {
+        name: [
+            t / (w * level_weights[name]) if w * level_weights[name] else math.nan
+            for t, w in zip(values, weight, strict=True)
+        ]
+        for name, values in terms.items()
+    }
+    return Curves(
+        epochs=[int(row["epoch"]) for row in rows],
+        detection=[sum(row[name] for name in detection) for row in rows],
+        weight=weight,
+        terms=terms,
+        divergence=divergence,
+        score=[row.get(SCORE, 0.0) for row in rows],
+    )
+
+
+def beginning(student: str, teacher: Teacher, settings: Settings, level_weights: Mapping[str, float]) -> str:
+    """Say what is distilled.
+
+    Args:
+        student: The student's name.
+        teacher: The teacher, calibrated.
+        settings: The options.
+        level_weights: The weight of every distilled level by its name.
+    """
+    if not settings.cwd:
+        return f"cwd=0: nothing is distilled, {student} trains as it would without a teacher"
+    details = [settings.course(), f"tau {settings.tau:g}"]
+    if set(level_weights.values()) != {1.0}:
+        details.append("level weights " + " ".join(f"{w:g}" for w in level_weights.values()))
+    if settings.normalize:
+        details.append("standardized maps")
+    if settings.cwd_every > 1:
+        details.append(f"one batch in {settings.cwd_every}")
+    return (
+        f"{student} learns {', '.join(level_weights)} from {teacher.argument.removeprefix('teacher=')} "
+        f"({teacher.parameter_count / 1e6:.1f}M parameters, {teacher.precision}), {', '.join(details)}"
+    )
+
+
+def outcome(curves: Curves) -> str:
+    """Say what came of a run: its best score, and how far the divergence fell in training."""
+    best = max(curves.score)
+    parts = [f"best mAP50-95 {best:.3f} in epoch {curves.epochs[curves.score.index(best)]}" if best else "mAP50-95 0"]
+    distilled = [i for i, weight in enumerate(curves.weight) if weight]
+    if len(distilled) > 1:
+        first, last = distilled[0], distilled[-1]
+        changes = [_change(n, d[first], d[last]) for n, d in curves.divergence.items() if d[first] and d[last]]
+        epochs = f"epoch {curves.epochs[first]} to {curves.epochs[last]}"
+        parts.append(f"divergence from the teacher, {epochs}: {', '.join(filter(None, changes))}")
+    return "; ".join(parts)
+
+
+def _change(name: str, first: float, last: float) -> str:
+    if math.isnan(first + last):  # a level of weight 0
+        return ""
+    return f"{name} {first:.3g} to {last:.3g} ({100 * (last / first - 1):+.0f} %)"

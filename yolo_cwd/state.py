@@ -33,12 +33,14 @@ class RunState:
     Attributes:
         options: The run's options as plain values; `teacher` is None where it was given as an object.
         epochs: By epoch (counted from 0) the adapters' parameters and their optimizer state, on the CPU.
+        start: By level the divergence of every channel on a few images before training [N, C]; empty without `plots`.
     """
 
     def __init__(self, options: Mapping[str, Any], epochs: Mapping[int, Any] | None = None) -> None:
         """Start with what is known."""
         self.options = dict(options)
         self.epochs: dict[int, Any] = dict(epochs or {})
+        self.start: dict[str, Tensor] = {}
 
     def remember(self, epoch: int, adapters: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keep the state at the end of an epoch, and forget all but the last few."""
@@ -69,7 +71,7 @@ class RunState:
     def save(self, folder: Path) -> None:
         """Write the file into the folder of the checkpoints."""
         buffer = io.BytesIO()
-        torch.save({"options": self.options, "epochs": self.epochs}, buffer)
+        torch.save({"options": self.options, "epochs": self.epochs, "start": self.start}, buffer)
         write_whole(folder / FILE, buffer.getvalue())
 
 
@@ -115,7 +117,9 @@ def load_state(checkpoint: Path) -> RunState:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        return RunState(content["options"], content["epochs"])
+        state = RunState(content["options"], content["epochs"])
+        state.start = content.get("start", {})
+        return state
     except Exception as error:
         raise ConfigError(f"resume={checkpoint}: {file} cannot be read ({first_line(error)})") from error
 

@@ -22,18 +22,10 @@ import ultralytics
 from scipy.stats import t as student_t
 
 from yolo_cwd import __version__
+from yolo_cwd.plots import COLOURS
 from yolo_cwd.state import write_whole
 
 BASELINE = "plain"
-COLOURS = (
-    "#000000",
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)  # told apart by colour-blind eyes
 
 
 def paired_interval(differences: list[float]) -> tuple[float, float] | None:

@@ -26,7 +26,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK, YAML, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolo_cwd import digits
+from yolo_cwd import digits, plots
 from yolo_cwd.config import ConfigError, Settings, check_names, first_line, split_options, unusable_data, with_suffix
 from yolo_cwd.fpn import Level, build_adapters, match_levels, pyramid_taps
 from yolo_cwd.loss import CWDLoss
@@ -173,6 +173,9 @@ class CWDTrainer(DetectionTrainer):
         if RANK in {-1, 0}:
             self._record_settings()
             self.add_callback("on_train_end", CWDTrainer._report_outcome)
+            if self.args.plots and self.cwd.cwd:
+                plots.remember_start(self)
+                self.add_callback("on_train_epoch_end", plots.show_first_epoch)
 
     def _begin_epoch(self) -> None:
         assert self.criterion is not None
@@ -214,7 +217,8 @@ class CWDTrainer(DetectionTrainer):
         YAML.save(self.save_dir / "cwd.yaml", settings)
 
     def _report_outcome(self) -> None:
-        self._say(outcome(read_curves(self.csv, self.weights_by_level)))
+        with plots.never_fatal("sentence on the outcome"):
+            self._say(outcome(read_curves(self.csv, self.weights_by_level)))
 
     def _say(self, sentence: str) -> None:
         if self.args.verbose:
@@ -267,6 +271,12 @@ class CWDTrainer(DetectionTrainer):
             return labels
         levels = {f"{prefix}/{name}": mean for name, mean in self.criterion.levels_mean.items()}
         return {**labels, **levels, **ours, WEIGHT: self.criterion.weight / self.cwd.cwd_every}
+
+    def plot_metrics(self) -> None:
+        """Draw the curves as Ultralytics does, and what was distilled."""
+        super().plot_metrics()
+        if self.cwd.cwd:
+            plots.show_end(self)
 
     def get_dataset(self) -> Any:
         """Resolve `data` as Ultralytics does."""

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Pictures of what is distilled, for the run folder: the curves, the maps of teacher and student, and their distance.
+
+The maps are those of a few validation images, as seen by the EMA of the student (what the checkpoints hold; it is
+always in evaluation mode) through the adapters, without gradient. Nothing of the training is touched: no mode, no
+statistics, no random number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, ParamSpec
+
+import numpy as np
+import torch
+from torch import Tensor
+from ultralytics.data.augment import LetterBox
+from ultralytics.utils import LOGGER, colorstr, plt_settings
+
+from yolo_cwd.fpn import student_features
+from yolo_cwd.loss import log_distribution
+from yolo_cwd.report import Curves, read_curves
+
+# Told apart by colour-blind eyes (Okabe and Ito).
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+P = ParamSpec("P")
+IMAGES = 4  # validation images that are looked at
+CHANNELS = 1  # channels of a level that are shown
+START, END = COLOURS[5], COLOURS[1]
+
+
+class View(NamedTuple):
+    """One level as teacher and student see it.
+
+    Attributes:
+        name: The level's name.
+        divergence: Divergence of every channel on every image [N, C], in nats.
+        channels: The K channels that are shown.
+        teacher: Their probability maps [N, K, H, W].
+        student: The student's.
+    """
+
+    name: str
+    divergence: Tensor
+    channels: list[int]
+    teacher: Tensor
+    student: Tensor
+
+
+def _drawn(draw: Callable[P, None]) -> Callable[P, None]:
+    decorated: Callable[P, None] = plt_settings({"font.size": 11})(draw)  # Ultralytics' fonts and backend
+    return decorated
+
+
+@contextmanager
+def never_fatal(what: str) -> Iterator[None]:
+    """Turn an error into a warning: no training is worth losing for a picture."""
+    try:
+        yield
+    except Exception as error:
+        LOGGER.warning(f"{colorstr('CWD:')} no {what}: {type(error).__name__}: {error}")
+
+
+def channel_divergences(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """Return the divergence of every channel [N, C] of maps [N, C, H, W]; its mean is the criterion's."""
+    log_q, log_p = log_distribution(student, tau), log_distribution(teacher, tau)  # [N, C, HW]
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0) * tau**2
+
+
+def probability_maps(maps: Tensor, tau: float) -> Tensor:
+    """Return the probability of every position of each channel, [N, C, H, W]; a channel's sum to 1."""
+    return log_distribution(maps, tau).exp().view(maps.shape)
+
+
+def most_divergent(divergence: Tensor, count: int = CHANNELS) -> list[int]:
+    """Return the channels of most divergence, by the mean over the images of [N, C], the greatest first."""
+    order: list[int] = divergence.mean(0).nan_to_num(nan=-1.0).argsort(descending=True, stable=True).tolist()
+    return order[:count]
+
+
+def probe_images(dataset: Any, size: int) -> Tensor:
+    """Return a few images [N, C, size, size] in 0 to 1, spread over a data set of Ultralytics, without augmentation."""
+    chosen = sorted({i * len(dataset) // IMAGES for i in range(IMAGES)})
+    images = [LetterBox((size, size))(image=dataset.load_image(i)[0]) for i in chosen]  # [H, W, C], BGR
+    images = [image[..., ::-1] if image.shape[-1] == 3 else image for image in images]
+    return torch.from_numpy(np.stack(images).copy()).permute(0, 3, 1, 2) / 255
+
+
+@torch.no_grad()
+def look(trainer: Any, images: Tensor) -> list[View]:
+    """Return every distilled level as the teacher, and the student's EMA through the adapters, see some images.
+
+    The channels to show are those of most divergence before training, so that all pictures of a run show the same.
+
+    Args:
+        trainer: The `CWDTrainer`.
+        images: Images [N, C, H, W] in 0 to 1.
+    """
+    student, criterion = trainer.ema.ema, trainer.criterion
+    dtype = next(student.parameters()).dtype
+    seen, taught = [], []
+    for i in range(len(images)):  # one by one: less memory than a training step
+        image = images[i : i + 1].to(trainer.device)
+        seen.append([maps.float() for maps in student_features(student(image.to(dtype))[1])])
+        taught.append(trainer.teacher(image))
+    features, pyramid = ([torch.cat(maps) for maps in zip(*x, strict=True)] for x in (seen, taught))
+    views = []
+    for level, (ours, theirs) in zip(trainer.levels, criterion.pairs(features, pyramid), strict=True):
+        divergence = channel_divergences(ours, theirs, criterion.tau).cpu()
+        channels = most_divergent(trainer.state.start.get(level.name, divergence))
+        maps = [probability_maps(m[:, channels], criterion.tau).cpu() for m in (theirs, ours)]
+        views.append(View(level.name, divergence, channels, *maps))
+    return views
+
+
+def remember_start(trainer: Any) -> None:
+    """Keep the divergence of every channel before training; a resumed run has it from its beginning."""
+    if trainer.start_epoch == 0:
+        with never_fatal("figures of the start"):
+            views = look(trainer, probe_images(trainer.test_loader.dataset, trainer.args.imgsz))
+            trainer.state.start = {view.name: view.divergence for view in views}
+
+
+def show_first_epoch(trainer: Any) -> None:
+    """Draw the maps after the first epoch."""
+    if trainer.epoch == 0:
+        with never_fatal("picture of the maps"):
+            _show_maps(trainer)
+
+
+def show_end(trainer: Any) -> None:
+    """Draw the pictures of a complete training."""
+    with never_fatal("pictures of the distillation"):
+        curves, channels = trainer.save_dir / "cwd_levels.png", trainer.save_dir / "cwd_channels.png"
+        draw_levels(curves, read_curves(trainer.csv, trainer.weights_by_level))
+        draw_channels(channels, trainer.state.start, _show_maps(trainer), trainer.epoch + 1)
+        trainer.on_plot(curves)
+        trainer.on_plot(channels)
+
+
+def _show_maps(trainer: Any) -> list[View]:
+    epoch = trainer.epoch + 1
+    file = trainer.save_dir / f"cwd_maps_epoch{epoch}.jpg"
+    images = probe_images(trainer.test_loader.dataset, trainer.args.imgsz)
+    views = look(trainer, images)
+    draw_maps(file, images, views, epoch)
+    trainer.on_plot(file)  # for the loggers
+    return views
+
+
+@_drawn
+def draw_levels(file: Path, curves: Curves) -> None:
+    """Draw divergence, loss terms and weight over the epochs."""
+    from matplotlib import pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), sharex=True, layout="constrained")
+    colours = dict(zip(curves.terms, COLOURS[1:], strict=False))
+    middle.plot(curves.epochs, curves.detection, ".-", color=COLOURS[0], label="detection loss")
+    for name, colour in colours.items():
+        left.plot(curves.epochs, curves.divergence[name], ".-", color=colour, label=name)
+        middle.plot(curves.epochs, curves.terms[name], ".-", color=colour, label=f"{name}, weighted")
+    right.plot(curves.epochs, curves.weight, ".-", color=COLOURS[0])
+    left.set(title="Divergence from the teacher", ylabel="nats per channel (weight taken out)")
+    middle.set(title="Terms of the training loss", ylabel="loss")
+    right.set(title="Weight of the distillation", ylabel="weight")
+    for axes in (left, middle, right):
+        axes.set(xlabel="epoch", ylim=(0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    left.legend()
+    middle.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+@_drawn
+def draw_maps(file: Path, images: Tensor, views: Sequence[View], epoch: int) -> None:
+    """Draw images beside the maps of teacher and student, a row an image and two columns a channel."""
+    from matplotlib import pyplot as plt
+
+    pairs = [(view, k) for view in views for k in range(len(view.channels))]
+    size = (2 * (1 + 2 * len(pairs)), 2.2 * len(images) + 1)
+    figure, grid = plt.subplots(len(images), 1 + 2 * len(pairs), figsize=size, layout="constrained", squeeze=False)
+    for row, image in enumerate(images):
+        picture = (image[:3].permute(1, 2, 0) if len(image) >= 3 else image[0]).numpy()
+        grid[row, 0].imshow(picture, cmap="gray", vmin=0, vmax=1)
+        for column, (view, k) in enumerate(pairs):
+            teacher, student = view.teacher[row, k], view.student[row, k]
+            left, right = grid[row, 1 + 2 * column : 3 + 2 * column]
+            for axes, who, maps in ((left, "teacher", teacher), (right, "student", student)):
+                axes.imshow(maps.sqrt().numpy(), vmin=0, vmax=float(torch.stack([teacher, student]).max().sqrt()))
+                axes.set_title(f"{view.name} channel {view.channels[k]}\n{who}" if row == 0 else "")
+            right.set_xlabel(f"{float(view.divergence[row, view.channels[k]]):.2g} nats apart")
+    grid[0, 0].set_title("validation\nimage")
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    figure.suptitle(
+        f"Where teacher and student look, after epoch {epoch}: the channel of each level that differed most before "
+        "training\nbright: high probability (its square root, on one scale for each pair)"
+    )
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+@_drawn
+def draw_channels(file: Path, start: Mapping[str, Tensor], views: Sequence[View], epoch: int) -> None:
+    """Draw the distribution of the channels' divergence before and after training, a panel a level.
+
+    Args:
+        file: Where to.
+        start: By level the divergence of every channel [N, C] before training, where known.
+        views: The levels after training.
+        epoch: The epoch after which they are seen.
+    """
+    from matplotlib import pyplot as plt
+
+    figure, grid = plt.subplots(1, len(views), figsize=(4.7 * len(views), 4.2), layout="constrained", squeeze=False)
+    for axes, view in zip(grid[0], views, strict=True):
+        shown = [(f"after epoch {epoch}", END, view.divergence)]
+        if view.name in start:
+            shown.insert(0, ("before training", START, start[view.name]))
+        values = [_finite(divergence.mean(0)) for *_, divergence in shown]
+        bins = np.geomspace(min(map(np.min, values)) * 0.9, max(map(np.max, values)) * 1.1, 25)
+        for (label, colour, _), channels in zip(shown, values, strict=True):
+            axes.hist(channels, bins, color=colour, alpha=0.35)
+            axes.hist(channels, bins, color=colour, histtype="step", lw=2, label=label)
+            axes.axvline(channels.mean(), color=colour, lw=2, ls="--", label=f"mean {channels.mean():.3g} nats")
+        axes.set(xscale="log", title=f"{view.name}: {view.divergence.shape[1]} channels")
+        axes.set(
+            xlabel="divergence of a channel (nats)", ylabel="number of channels", ylim=(0, 1.45 * axes.get_ylim()[1])
+        )
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left", fontsize=10)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def _finite(values: Tensor) -> Any:
+    return values[values.isfinite()].clamp_min(1e-6).numpy()  # a logarithmic axis has no zero

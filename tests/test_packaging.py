@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,16 @@ from yolo_cwd.config import OPTIONS
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_wheel_carries_the_options(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "build", "--outdir", tmp_path / "dist", ROOT], check=True, capture_output=True
-    )
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution, and the wheel built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, capture_output=True)
+    return folder
+
+
+def test_the_wheel_carries_the_options(tmp_path: Path, dist: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run(
@@ -29,6 +36,27 @@ def test_the_wheel_carries_the_options(tmp_path: Path) -> None:
     assert [line.split()[0] for line in settings.stdout.splitlines()] == list(OPTIONS)
     version = subprocess.run([*command, "version"], check=True, capture_output=True, text=True, cwd=tmp_path)
     assert version.stdout.strip() == __version__
+
+
+def test_what_is_published_is_complete(dist: Path) -> None:
+    files = sorted(dist.iterdir())
+    result = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *files], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    wheel, sdist = files
+    with zipfile.ZipFile(wheel) as opened:
+        packed = set(opened.namelist())
+    recipes = {f"yolo_cwd/cfg/recipes/{file.name}" for file in (ROOT / "cfg" / "recipes").iterdir()}
+    assert {"yolo_cwd/py.typed", "yolo_cwd/cfg/default.yaml", *recipes} <= packed
+    assert {name.split("/")[0] for name in packed} == {"yolo_cwd", f"yolo_cwd-{__version__}.dist-info"}
+    with tarfile.open(sdist) as opened:
+        packed = {name.partition("/")[2] for name in opened.getnames()}
+    assert {"mkdocs.yml", "docs/index.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "tests/conftest.py"} <= packed
+
+
+def test_one_version_in_every_place() -> None:
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_no_dependency_is_pinned_from_above() -> None:

@@ -1,0 +1,208 @@
+"""What README, pages and recipes tell the reader to type is run here, on tiny data and untrained models.
+
+Commands are those lines of an indented or fenced block that begin with `yolo_cwd` or `yolo`, and what stands in
+backticks and begins so; recipes have theirs in a comment. They run unchanged, in a folder that has every file they
+name, with arguments added that make them short. On the pages of measurements, which take hours, only the arguments are
+checked.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import SHORT
+from ultralytics import YOLO
+from ultralytics.cfg import DEFAULT_CFG_DICT, entrypoint
+
+from yolo_cwd import cli
+from yolo_cwd.compare import Comparison
+from yolo_cwd.config import OPTIONS, Settings, check_names, split_options
+from yolo_cwd.trainer import EXTRA_ARGUMENTS, CWDTrainer
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "cfg" / "recipes").glob("*.yaml"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LONG = {"evidence.md", "cost.md", "scale.md"}  # measurements
+OPTION_TABLES = [ROOT / "README.md", ROOT / "docs" / "options.md"]
+TINY = {name: value for name, value in SHORT.items() if name in {"imgsz", "batch", "epochs", "amp", "plots", "device"}}
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Yield the commands of a page, continued lines joined."""
+    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+    for line in text.splitlines():
+        if found := re.match(r"(?:#? {4,}|)(yolo(?:_cwd)? .*?)(?: {2,}#.*)?$", line):
+            yield found[1].strip()
+        yield from re.findall(r"`(yolo_cwd [^`]+)`", line)
+
+
+def all_commands(*pages: Path) -> list[str]:
+    return list(dict.fromkeys(command for page in pages for command in commands(page)))
+
+
+SHORT_PAGES = [page for page in PAGES if page.name not in LONG]
+ELSEWHERE = {"yolo_cwd demo"}  # test_packaging.py runs it
+MENTIONS = {"yolo_cwd train", "yolo_cwd compare"}  # not meant to be typed like this
+TO_RUN = [c for c in all_commands(*SHORT_PAGES, *RECIPES) if c not in ELSEWHERE | MENTIONS]
+
+
+def test_commands_are_found() -> None:
+    assert {c.split()[1] for c in TO_RUN if c.startswith("yolo_cwd ")} >= {"train", "compare", "help", "settings"}
+    assert len([c for c in TO_RUN if "cfg=cfg/recipes/" in c]) >= len(RECIPES)
+    assert any(command.startswith("yolo export") for command in TO_RUN)
+
+
+@pytest.mark.parametrize("command", [c for c in all_commands(*PAGES, *RECIPES) if c.startswith("yolo_cwd ")])
+def test_arguments_are_known(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, verb, *words = shlex.split(command)
+    monkeypatch.chdir(folder)
+    if verb == "train":
+        options, arguments = split_options(cli.parse(words))
+        check_names(arguments, DEFAULT_CFG_DICT.keys() | EXTRA_ARGUMENTS)
+        if not arguments.get("resume"):
+            Settings.parse({"teacher": "for a part of a command", **options})
+    elif verb == "compare":
+        Comparison.parse({"teacher": "t", "student": "s", "data": "d", **cli.parse(words)})
+    else:
+        assert f"  yolo_cwd {verb} " in cli.HELP
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
+    """A folder with every file that the commands name: models of the right family, untrained, and tiny data."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("cfg", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    for name in ("my.yaml", "coco.yaml", "coco8.yaml"):
+        shutil.copy(data, folder / name)
+    (folder / "my-settings.yaml").write_text(yaml.safe_dump({"tau": 3.0, "cwd": 50}))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in [*SHORT_PAGES, *RECIPES])
+    names = set(re.findall(r"\b(yolo(?:v8|11)[nslmx])\b(?!\.yaml)", text))
+    for family in {name[:-1] for name in names}:
+        YOLO(f"{family}n.yaml").save(folder / f"{family}.pt")
+        for name in names:
+            if name[:-1] == family:
+                shutil.copy(folder / f"{family}.pt", folder / f"{name}.pt")
+    classes = list(yaml.safe_load(Path(data).read_text())["names"].values())
+    teacher = YOLO("yolov8n.yaml")
+    teacher.model.names = dict(enumerate(classes))
+    teacher.save(folder / "best.pt")
+    for run in ("teacher", "train"):
+        weights = folder / "runs" / "detect" / run / "weights"
+        weights.mkdir(parents=True)
+        shutil.copy(folder / "best.pt", weights)
+    return folder
+
+
+@pytest.fixture
+def interrupted(folder: Path) -> None:
+    """Leave a training in runs/detect/train that was interrupted after its first epoch of two."""
+    stopped = SHORT | {"data": str(folder / "my.yaml"), "teacher": str(folder / "best.pt"), "epochs": 2}
+    trainer = CWDTrainer(overrides={**stopped, "save_dir": str(folder / "runs" / "detect" / "train")})
+
+    def stop(trainer: CWDTrainer) -> None:
+        raise KeyboardInterrupt
+
+    trainer.add_callback("on_fit_epoch_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
+def short(verb: str, folder: Path) -> list[str]:
+    """Return the arguments that make a command short and keep what it writes in the folder."""
+    if verb == "export":
+        return ["imgsz=64", "simplify=False"]  # the simplifier is one package more, and Ultralytics' matter
+    words = [f"{name}={value}" for name, value in TINY.items() if verb != "val" or name not in {"epochs", "amp"}]
+    if verb == "compare":
+        return [*words, "val=False", "seeds=1", f"folder={folder / 'compare'}"]
+    return [*words, f"project={folder / 'runs' / 'detect'}", "exist_ok=True"]
+
+
+@pytest.mark.parametrize("command", TO_RUN)
+def test_command_runs(
+    command: str, folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    begin = time.time()
+    program, *words = shlex.split(command)
+    verb = words[0] if program == "yolo_cwd" else next(w for w in words if w in {"train", "val", "export"})
+    if program == "yolo":
+        entrypoint(shlex.join([program, *words, *short(verb, folder)]))
+    else:
+        if "resume" in words:
+            request.getfixturevalue("interrupted")
+        elif verb in {"train", "compare"}:
+            words += short(verb, folder)
+        assert cli.main(words) == 0
+    made = {"train": "runs/**/best.pt", "export": "runs/**/best.onnx", "compare": "compare/summary.md"}.get(verb)
+    if made:
+        assert max(file.stat().st_mtime for file in folder.glob(made)) >= begin
+
+
+def python_blocks() -> list[Any]:
+    found = []
+    for page in SHORT_PAGES:
+        text = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+        lines = re.findall(r"`(CWDTrainer\([^`]+\)\.train\(\))`", text)
+        blocks += [f"from yolo_cwd import CWDTrainer\n{line}" for line in lines]
+        found += [pytest.param(block, id=f"{page.name}-{number}") for number, block in enumerate(blocks)]
+    return found
+
+
+@pytest.mark.parametrize("block", python_blocks())
+def test_python_runs(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short(CWDTrainer):
+        def __init__(self, cfg: Any = DEFAULT_CFG_DICT, overrides: Any = None, _callbacks: Any = None) -> None:
+            super().__init__(cfg, {**overrides, **TINY, "project": str(folder / "python")}, _callbacks)
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("yolo_cwd.trainer.CWDTrainer", Short)
+    exec(compile(block, "block", "exec"), {})
+
+
+@pytest.mark.parametrize("page", OPTION_TABLES, ids=lambda page: page.name)
+def test_tables_list_every_option_with_its_default(page: Path) -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \|([^|]*)\|", page.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    shown = {name: value.strip().strip("`") for name, value in rows.items() if name in OPTIONS}
+    expected = {name: str("" if o.default is None else o.default).lower() for name, o in OPTIONS.items()}
+    assert {name: value.removesuffix(".0") for name, value in expected.items()} == shown
+
+
+def test_messages_are_those_of_the_code() -> None:
+    headings = re.findall(
+        r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text("utf-8"), flags=re.MULTILINE
+    )
+    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "yolo_cwd").glob("*.py"))
+    assert len(headings) > 10
+    assert [message for message in headings if message not in code] == []
+
+
+def test_every_recipe_is_on_the_page_and_valid() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for recipe in RECIPES:
+        first, *_ = commands(recipe)
+        assert first in page
+        assert f'--8<-- "cfg/recipes/{recipe.name}"' in page
+        options, arguments = split_options(yaml.safe_load(recipe.read_text(encoding="utf-8")))
+        check_names(arguments, DEFAULT_CFG_DICT)
+        Settings.parse({"teacher": "yolov8l", **options})
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    reference = (tmp_path / "site" / "python" / "index.html").read_text(encoding="utf-8")
+    assert "yolo_cwd.loss.channel_wise_divergence" in reference
+    assert "cwd_warmup" in (tmp_path / "site" / "recipes" / "index.html").read_text(encoding="utf-8")

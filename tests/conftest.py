@@ -30,7 +30,7 @@ SHORT = {
     "device": "cpu",
     "verbose": False,
 }
-TAUGHT = {"teacher": "yolov8s.yaml", "teacher_dtype": "fp32"}
+TAUGHT = {"teacher": "yolov8s.yaml", "teacher_dtype": "fp32", "schedule": "constant"}
 
 
 class Payload:

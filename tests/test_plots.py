@@ -100,7 +100,7 @@ def test_a_run_draws_its_pictures_and_trains_the_same(
     for name in ("draw_levels", "draw_channels"):
         draw = getattr(plots, name)
         monkeypatch.setattr(plots, name, lambda *a, name=name, draw=draw: (drawn.update({name: a}), draw(*a)))
-    arguments = {"epochs": 2, "val": True, "mosaic": 1.0, "seed": 4}
+    arguments = {"epochs": 2, "val": True, "mosaic": 1.0, "seed": 4, "schedule": "cosine"}
     bare, full = train(**arguments), train(**arguments, plots=True)
     assert said() == [], "verbose=False"
     assert pictures(bare) == []
@@ -181,7 +181,7 @@ def test_the_weights_course_in_words(options: dict[str, Any], words: str) -> Non
 
 
 def test_a_run_says_what_it_distils_and_what_came_of_it(train: Train, said: Callable[[], list[str]]) -> None:
-    train(epochs=3, verbose=True, levels="P3,P4", level_weights=(1, 0.5), val=True)
+    train(epochs=3, verbose=True, levels="P3,P4", level_weights=(1, 0.5), val=True, schedule="cosine")
     first, advice, last = said()
     assert first == (
         "yolov8n learns P3, P4 from yolov8s.yaml (11.2M parameters, fp32), weight 100 falling to 0 (cosine), tau 1, "

@@ -90,13 +90,8 @@ def test_cosine_weight() -> None:
 
 
 def test_weight_rises_during_warmup() -> None:
-    assert [settings(cwd=4, schedule="constant", cwd_warmup=3).weight(epoch, 9) for epoch in range(5)] == [
-        1,
-        2,
-        3,
-        4,
-        4,
-    ]
+    weights = [settings(cwd=4, schedule="constant", cwd_warmup=3).weight(epoch, 9) for epoch in range(5)]
+    assert weights == [1, 2, 3, 4, 4]
 
 
 def test_weight_of_a_single_epoch() -> None:

@@ -101,7 +101,7 @@ def test_adapters_follow_warmup_and_schedule(train: Train, optimizer: str) -> No
 
 
 def test_terms_are_columns_of_training_only(train: Train) -> None:
-    trainer = train(epochs=2, val=True, plots=True, schedule="constant")
+    trainer = train(epochs=2, val=True, plots=True)
     names = list(rows(trainer)[0])
     assert [f"train/{term}" for term in TERMS] == names[5:9]
     assert not [name for name in names if name.startswith("val/") and name.removeprefix("val/") in TERMS]

@@ -14,7 +14,6 @@ Several processes may work on one folder: each takes the first run that is neith
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import time
@@ -44,6 +43,7 @@ from yolo_cwd.config import (
     split_options,
     unusable_data,
 )
+from yolo_cwd.report import SCORE, read_rows
 from yolo_cwd.state import write_whole
 from yolo_cwd.summary import as_text, table, write_summary
 from yolo_cwd.teacher import load_teacher
@@ -303,13 +303,8 @@ def train_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     weights = trainer.best if trainer.best.exists() else trainer.last
     scores = score(weights, comparison, folder)
-    curve = _curve(trainer.csv) if trainer.args.val else []
+    curve = [row[SCORE] for row in read_rows(trainer.csv)] if trainer.args.val else []
     return {"arm": arm.name, "seed": seed, "seconds": seconds, "weights": str(weights), **scores, "curve": curve}
-
-
-def _curve(results: Path) -> list[float]:
-    with results.open(encoding="utf-8") as file:
-        return [float(row["metrics/mAP50-95(B)"]) for row in csv.DictReader(file)]
 
 
 def score(weights: Path | str, comparison: Comparison, folder: Path) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class _Divergence(torch.autograd.Function):
 
 def log_distribution(maps: Tensor, tau: float) -> Tensor:
     """Return the logarithm of every channel's distribution over the positions, [N, C, HW], of maps [N, C, H, W]."""
-    return F.log_softmax(maps.flatten(2).to(_dtype(maps)) / tau, dim=-1)  # [N, C, HW]
+    return F.log_softmax(maps.flatten(2).to(_dtype(maps)) / tau, dim=-1)
 
 
 def _dtype(maps: Tensor) -> torch.dtype:

@@ -36,6 +36,12 @@ class Curves(NamedTuple):
     score: list[float]
 
 
+def read_rows(table: Path) -> list[dict[str, float]]:
+    """Return the rows of a `results.csv`, one an epoch, by column."""
+    with table.open(encoding="utf-8") as file:
+        return [{name.strip(): float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
 def read_curves(table: Path, level_weights: Mapping[str, float]) -> Curves:
     """Read the curves from a `results.csv`, so that they are whole after `resume` too.
 
@@ -43,8 +49,7 @@ def read_curves(table: Path, level_weights: Mapping[str, float]) -> Curves:
         table: The file.
         level_weights: The weight of every distilled level by its name (`P3`), finest first.
     """
-    with table.open(encoding="utf-8") as file:
-        rows = [{name.strip(): float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    rows = read_rows(table)
     ours = {f"train/{name}_loss" for name in level_weights} | {"train/cwd_loss"}
     detection = [n for n in rows[0] if n.startswith("train/") and n.endswith("_loss") and n not in ours]
     terms = {name: [row[f"train/{name}_loss"] for row in rows] for name in level_weights}
@@ -85,7 +90,7 @@ def beginning(student: str, teacher: Teacher, settings: Settings, level_weights:
     if settings.cwd_every > 1:
         details.append(f"one batch in {settings.cwd_every}")
     return (
-        f"{student} learns {', '.join(level_weights)} from {teacher.argument.removeprefix('teacher=')} "
+        f"{student} learns {', '.join(level_weights)} from {teacher.label} "
         f"({teacher.parameter_count / 1e6:.1f}M parameters, {teacher.precision}), {', '.join(details)}"
     )
 

@@ -36,11 +36,16 @@ class RunState:
         start: By level the divergence of every channel on a few images before training [N, C]; empty without `plots`.
     """
 
-    def __init__(self, options: Mapping[str, Any], epochs: Mapping[int, Any] | None = None) -> None:
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        epochs: Mapping[int, Any] | None = None,
+        start: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Start with what is known."""
         self.options = dict(options)
         self.epochs: dict[int, Any] = dict(epochs or {})
-        self.start: dict[str, Tensor] = {}
+        self.start: dict[str, Tensor] = dict(start or {})
 
     def remember(self, epoch: int, adapters: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keep the state at the end of an epoch, and forget all but the last few."""
@@ -117,9 +122,7 @@ def load_state(checkpoint: Path) -> RunState:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        state = RunState(content["options"], content["epochs"])
-        state.start = content.get("start", {})
-        return state
+        return RunState(content["options"], content["epochs"], content.get("start"))
     except Exception as error:
         raise ConfigError(f"resume={checkpoint}: {file} cannot be read ({first_line(error)})") from error
 

@@ -87,6 +87,11 @@ class Teacher(nn.Module):
         self.body = body.fuse(verbose=False).requires_grad_(False).to(memory_format=torch.channels_last)
         self._grid = max(self.taps)
 
+    @property
+    def label(self) -> str:
+        """What the user named it by, without the argument's name."""
+        return self.argument.removeprefix("teacher=")
+
     def train(self, mode: bool = True) -> Teacher:
         """Stay in evaluation mode, whatever the mode of the training around it."""
         return super().train(False)

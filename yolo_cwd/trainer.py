@@ -207,7 +207,7 @@ class CWDTrainer(DetectionTrainer):
 
     def _record_settings(self) -> None:
         self._say(beginning(Path(self.state.options["student"]).stem, self.teacher, self.cwd, self.weights_by_level))
-        settings = {**self.state.options, "teacher": self.teacher.argument.removeprefix("teacher=")}
+        settings = {**self.state.options, "teacher": self.teacher.label}
         if self.cwd.cwd:
             settings["teacher_dtype"] = self.teacher.precision.name
             if self.teacher.names != self.data["names"]:

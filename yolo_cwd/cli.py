@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, 2 for input that cannot be used, 130 after an interrupt, 143 after SIGTERM.
+        The exit code: 0, 1 if another process of the training is lost, 2 for input that cannot be used, 130 after an
+        interrupt, 143 after SIGTERM.
     """
     words = [word.lstrip("-") for word in (sys.argv[1:] if argv is None else argv)]
     command, rest = (words[0], words[1:]) if words else ("help", [])
@@ -73,12 +76,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"{command}: unknown command; give one of train, compare, demo, settings, help, version")
         commands[command](rest)
     except ConfigError as error:
-        print(f"yolo_cwd: {error}", file=sys.stderr)
+        _complain(error)
         return 2
+    except ChildProcessError as error:
+        print(f"yolo_cwd: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as interrupt:
-        print(f"yolo_cwd: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        _complain(str(interrupt) or "interrupted")
         return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0
+
+
+def _complain(reason: object) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes of 'torchrun', once a machine
+        print(f"yolo_cwd: {reason}", file=sys.stderr)
+    else:
+        time.sleep(2)  # 'torchrun' ends all when one ends: let the first say why
 
 
 class Terminated(KeyboardInterrupt):
@@ -119,6 +135,7 @@ def demo(words: list[str]) -> None:
 def train(words: list[str]) -> None:
     """Train a student under a teacher."""
     overrides = parse(words)
+    from yolo_cwd.distributed import lost_peer
     from yolo_cwd.state import FILE
     from yolo_cwd.trainer import CWDTrainer
 
@@ -133,7 +150,14 @@ def train(words: list[str]) -> None:
             raise
         remedy = f"'yolo_cwd train resume model={trainer.last}' goes on"
         raise type(interrupt)(f"{str(interrupt) or 'interrupted'}; {remedy}") from None
+    except ChildProcessError:
+        raise
     except Exception as error:
+        if lost_peer(error):
+            raise ChildProcessError(
+                f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} ends, since another one has ended or is "
+                "silent; 'resume' goes on from the last epoch"
+            ) from error
         if trainer is not None and trainer.criterion is not None:  # the training had begun: a fault, not bad input
             raise
         raise ConfigError(first_line(error)) from error

@@ -32,6 +32,7 @@ from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg, get_save_dir, smart_value
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import LOGGER, colorstr
+from ultralytics.utils.torch_utils import parse_device
 
 from yolo_cwd import digits
 from yolo_cwd.config import (
@@ -141,6 +142,11 @@ def _check(arguments: dict[str, Any]) -> None:
         refuse_unsupported(get_cfg(overrides={**arguments}))
     except (TypeError, ValueError) as error:
         raise ConfigError(first_line(error)) from error
+    if "," in (device := parse_device(arguments.get("device"))):
+        raise ConfigError(
+            f"device={device}: a run of a comparison has one device; start the comparison once for each, with "
+            "CUDA_VISIBLE_DEVICES=0, 1 and so on: the runs are shared out"
+        )
 
 
 def parse_seeds(value: Any) -> tuple[int, ...]:

@@ -119,7 +119,7 @@ def load_state(checkpoint: Path) -> RunState:
             f"'yolo train resume' goes on without one"
         )
     for leftover in checkpoint.parent.glob(".*"):  # of a kill while something was written
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
         return RunState(content["options"], content["epochs"], content.get("start"))

@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 from ultralytics.cfg import _handle_deprecation, cfg2dict, get_cfg, get_save_dir
-from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK, YAML, colorstr
-from ultralytics.utils.torch_utils import unwrap_model
+from ultralytics.utils.torch_utils import parse_device, unwrap_model
 
-from yolo_cwd import digits, plots
+from yolo_cwd import digits, distributed, plots
 from yolo_cwd.config import ConfigError, Settings, check_names, first_line, split_options, unusable_data, with_suffix
 from yolo_cwd.fpn import Level, build_adapters, match_levels, pyramid_taps
 from yolo_cwd.loss import CWDLoss
@@ -46,7 +45,7 @@ STUDENT_CLIP_NORM = 10.0  # what Ultralytics clips the student's gradient norm t
 EXTRA_ARGUMENTS = {"augmentations", "save_dir"}  # training arguments that Ultralytics takes without a default
 
 
-class CWDTrainer(DetectionTrainer):
+class CWDTrainer(distributed.ProcessTrainer):
     """Train a detector with channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256).
 
     Takes every argument of Ultralytics' `DetectionTrainer`, and the options of `cfg/default.yaml` beside them.
@@ -90,6 +89,8 @@ class CWDTrainer(DetectionTrainer):
 
         base = {**DEFAULT_CFG_DICT, **base}
         student, model = options.pop("student", None), arguments.get("model")
+        if arguments.get("resume") is True and arguments.get("name") and options.get("teacher"):
+            arguments |= _go_on_or_begin(base | arguments)
         checkpoint = checkpoint_to_resume(arguments.get("resume", base["resume"]), student or model or base["model"])
         if checkpoint:
             arguments["resume"] = arguments["model"] = str(checkpoint)
@@ -99,10 +100,13 @@ class CWDTrainer(DetectionTrainer):
             arguments["model"] = student_path(student, model, base["model"])
             self.state = RunState({})
         self.cwd = Settings.parse(options)
+        self._given_options = options
         args = get_cfg(base, {**arguments})
         refuse_unsupported(args)
-        self.teacher = load_teacher(self.cwd.teacher, self.cwd.trust_teacher)
-        arguments["data"] = digits.resolve(arguments.get("data", base["data"]))
+        arguments["device"] = distributed.join(args.device)
+        with distributed.first_here_first():
+            self.teacher = load_teacher(self.cwd.teacher, self.cwd.trust_teacher)
+            arguments["data"] = digits.resolve(arguments.get("data", base["data"]))
 
         self.levels: list[Level] = []
         self.level_weights: list[float] = []
@@ -111,14 +115,25 @@ class CWDTrainer(DetectionTrainer):
         self._batches = 0
         self._made_folders: list[Path] = []
         if RANK in {-1, 0} and not args.resume:
-            folder, self._made_folders = _claim_folder(args)
-            arguments["save_dir"] = str(folder)
+            claimed, self._made_folders = _claim_folder(args)
+            arguments["save_dir"] = str(claimed)
         with self._leaving_nothing_behind():
+            if folder := distributed.agree(arguments.get("save_dir")):
+                arguments["save_dir"] = folder
             super().__init__(base, arguments, _callbacks)
+        distributed.check_folder(self.save_dir)
+
+    def train(self) -> None:
+        """Train the student; see the top of this file for a step."""
+        if self.ddp:  # Ultralytics starts the processes, each of which rebuilds this trainer from its arguments
+            for name, value in self._given_options.items():
+                setattr(self.args, name, value)
+        super().train()
 
     def _options_of_resumed_run(self, given: dict[str, Any]) -> dict[str, Any]:
         replaced = {name: value for name, value in given.items() if name in {"teacher", "trust_teacher"} and value}
-        if ignored := sorted(given.keys() - replaced.keys()):
+        kept = self.state.options
+        if ignored := sorted(n for n in given.keys() - replaced.keys() if given[n] != kept.get(n)):
             LOGGER.warning(f"{colorstr('CWD:')} a resumed run keeps its options; ignored: {', '.join(ignored)}")
         self.state.options.update(replaced)
         return self.state.options
@@ -126,7 +141,8 @@ class CWDTrainer(DetectionTrainer):
     def setup_model(self) -> Any:
         """Build the student, match its pyramid with the teacher's, and make the adapters."""
         try:
-            checkpoint = super().setup_model()
+            with distributed.first_here_first():
+                checkpoint = super().setup_model()
         except Exception as error:
             reason = f"student={self.args.model}: {first_line(error)}"
             raise ConfigError(f"{reason}; give an existing .pt checkpoint or .yaml model of a detector") from error
@@ -141,6 +157,7 @@ class CWDTrainer(DetectionTrainer):
         if self.args.amp == "bf16" and self.device.type != "cuda":
             raise ConfigError(f"amp=bf16: Ultralytics has it on CUDA only, not on device={self.device}; use amp=False")
         self.adapters = build_adapters(self.levels, self.cwd.adapter).to(self.device)
+        distributed.spread(self.adapters)
         if self.cwd.cwd:
             self.teacher.to(self.device)
         return checkpoint
@@ -157,7 +174,7 @@ class CWDTrainer(DetectionTrainer):
         with self._leaving_nothing_behind():
             super()._setup_train()
             if self.cwd.cwd:
-                self.teacher.calibrate(self.cwd.teacher_dtype, self._validation_image())
+                self._calibrate_teacher()
         student = unwrap_model(self.model)
         self.criterion = student.criterion = CWDLoss(
             getattr(student, "criterion", None) or student.init_criterion(),
@@ -170,12 +187,28 @@ class CWDTrainer(DetectionTrainer):
         self.state.options = self._plain_options()
         self.add_callback("on_train_epoch_start", CWDTrainer._begin_epoch)
         self.add_callback("on_train_epoch_end", CWDTrainer._report_dropped_terms)
+        self.add_callback("on_fit_epoch_end", CWDTrainer._agree_on_epochs)
         if RANK in {-1, 0}:
             self._record_settings()
             self.add_callback("on_train_end", CWDTrainer._report_outcome)
             if self.args.plots and self.cwd.cwd:
                 plots.remember_start(self)
                 self.add_callback("on_train_epoch_end", plots.show_first_epoch)
+
+    def _calibrate_teacher(self) -> None:
+        image = self._validation_image()
+        with distributed.first_here_first():
+            self.teacher.calibrate(self.cwd.teacher_dtype, image)
+        chosen = distributed.agree(self.teacher.precision.name)
+        if chosen != self.teacher.precision.name:
+            self.teacher.calibrate(chosen, image)
+
+    def _agree_on_epochs(self) -> None:
+        """Let all processes of a training limited by `time` end with the same epoch, on the same schedule."""
+        if self.args.time and (epochs := distributed.agree(self.epochs)) != self.epochs:
+            self.epochs = self.args.epochs = epochs
+            self._setup_scheduler()
+            self.scheduler.last_epoch = self.epoch
 
     def _begin_epoch(self) -> None:
         assert self.criterion is not None
@@ -253,6 +286,7 @@ class CWDTrainer(DetectionTrainer):
         loss scale here, and so does the bound.
         """
         if adapters := list(self.adapters.parameters()):
+            distributed.average_gradients(adapters)
             nn.utils.clip_grad_norm_(adapters, max_norm=STUDENT_CLIP_NORM * self.scaler.get_scale())
         super().optimizer_step()
 
@@ -283,6 +317,7 @@ class CWDTrainer(DetectionTrainer):
         try:
             return super().get_dataset()
         except RuntimeError as error:
+            distributed.let_others_follow()  # to the same error, instead of waiting for an end that never comes
             raise unusable_data(self.args.data, error.__cause__ or error) from error
 
     def save_model(self) -> Any:
@@ -376,18 +411,33 @@ def refuse_unsupported(args: Any) -> None:
     Raises:
         ConfigError: For the first of them.
     """
-    several_devices = "," in str(args.device) or (isinstance(args.device, list | tuple) and len(args.device) > 1)
-    refusals = {
-        "data": (
+    processes = distributed.WORLD_SIZE if RANK != -1 else len(parse_device(args.device).split(","))
+    refusals: tuple[tuple[str, bool, str], ...] = (
+        (
+            "data",
             args.data is None and not args.resume,
             "missing; give a data set, such as data=coco8.yaml or data=digits",
         ),
-        "task": (args.task not in {None, "detect"}, "only task=detect can be distilled"),
-        "distill_model": (args.distill_model is not None, "is Ultralytics' own distillation; use teacher= instead"),
-        "quantize": (args.quantize == 8, "training for int8 takes no teacher; quantize the student at export"),
-        "batch": (args.batch < 1, "the memory estimate does not know the teacher; give a number of images, batch=16"),
-        "device": (several_devices, "a distilled training runs on one device so far; give one, such as device=0"),
-    }
-    for name, (refused, reason) in refusals.items():
+        ("task", args.task not in {None, "detect"}, "only task=detect can be distilled"),
+        ("distill_model", args.distill_model is not None, "is Ultralytics' own distillation; use teacher= instead"),
+        ("quantize", args.quantize == 8, "training for int8 takes no teacher; quantize the student at export"),
+        ("batch", args.batch < 1, "the memory estimate does not know the teacher; give a number of images, batch=16"),
+        (
+            "batch",
+            args.batch % processes != 0,
+            f"does not divide over {processes} processes; give a multiple of {processes}",
+        ),
+    )
+    for name, refused, reason in refusals:
         if refused:
             raise ConfigError(f"{name}={getattr(args, name)}: {reason}")
+
+
+def _go_on_or_begin(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments by which a named run goes on where it stands, or begins if it has no checkpoint yet.
+
+    So that one command, given again by `torchrun --max-restarts` or a scheduler, brings a training to its end.
+    """
+    folder = get_save_dir(get_cfg(DEFAULT_CFG_DICT, {**arguments, "resume": False, "exist_ok": True}))
+    last = folder / "weights" / "last.pt"
+    return {"resume": str(last)} if last.is_file() else {"resume": False, "exist_ok": True}

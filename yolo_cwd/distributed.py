@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Training by several processes: what Ultralytics leaves open for those that `torchrun` starts.
+
+Ultralytics itself starts one process for each GPU of one machine (`device=0,1`). Processes that `torchrun` has started,
+on one machine or on many, find their rank and the world's size in the environment. Here they join one process group
+before anything else, so that they can agree on folder and precision: gloo's on CPUs, NCCL's on GPUs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from subprocess import CalledProcessError
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from ultralytics.engine import trainer as ultralytics_trainer
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils import LOCAL_RANK, LOGGER, RANK
+from ultralytics.utils.torch_utils import get_torch_device_backend, parse_device
+
+from yolo_cwd.config import ConfigError
+
+WORLD_SIZE = int(os.getenv("WORLD_SIZE", "1"))
+TIMEOUT = timedelta(minutes=30)  # how long the others wait for a process that is silent but has not ended
+LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "socket", "nccl")
+
+
+class ProcessTrainer(DetectionTrainer):
+    """Ultralytics' `DetectionTrainer`, able to be one of the processes of `torchrun`, on GPUs or CPUs."""
+
+    device: torch.device
+    model: Any
+    epochs: int
+    world_size: int
+
+    def __init__(self, cfg: Any, overrides: dict[str, Any], _callbacks: dict[str, Any] | None = None) -> None:
+        """Set up as Ultralytics does, for as many processes as there are on all machines; it counts devices of one."""
+        super().__init__(cfg, overrides, _callbacks)
+        if RANK != -1:
+            self.world_size = WORLD_SIZE
+            self.args.amp = self.args.amp if self.device.type == "cuda" else False
+
+    def train(self) -> None:
+        """Train, in processes of Ultralytics' making where `device` names several GPUs.
+
+        Raises:
+            ChildProcessError: If one of them fails.
+        """
+        try:
+            super().train()
+        except CalledProcessError as error:
+            raise ChildProcessError(f"device={self.args.device}: a process ended with {error.returncode}") from error
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _setup_ddp(self) -> None:
+        if not dist.is_initialized():
+            super()._setup_ddp()
+        elif self.device.type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
+            self.accelerator = get_torch_device_backend(self.device)
+        else:
+            self.world_size = 1  # Ultralytics' way to wrap the student asks for a GPU; see below
+
+    def _build_train_pipeline(self) -> None:
+        if RANK != -1 and self.world_size != WORLD_SIZE:
+            self.world_size, self.model = WORLD_SIZE, _wrap(self.model)
+        super()._build_train_pipeline()
+
+    def final_eval(self) -> None:
+        """Strip the checkpoints and score the best one, which only the first process may be able to read."""
+        if RANK == -1:
+            super().final_eval()
+            return
+        if RANK == 0:
+            results = ultralytics_trainer.strip_optimizer(self.last).get("train_results")
+            ultralytics_trainer.strip_optimizer(self.best, updates={"train_results": results})
+            self.ema.ema.load_state_dict(load_checkpoint(self.best)[0].state_dict())
+        spread(self.ema.ema)
+        LOGGER.info(f"\nValidating {self.best}...")
+        self.validator.args.plots = self.args.plots
+        self.metrics, _ = self.validate()
+        self.epoch += 1  # as Ultralytics numbers the best checkpoint for loggers
+        self.run_callbacks("on_fit_epoch_end")
+        self.epoch -= 1
+
+
+def join(device: Any) -> str:
+    """Join the process group of this training, if there are several processes.
+
+    Args:
+        device: The argument `device`. Left out, it is the GPUs of the machine, one for each of its processes, or the
+            CPU where there are none.
+
+    Returns:
+        The argument `device` with its default filled in.
+
+    Raises:
+        ConfigError: If the machine has fewer GPUs than processes.
+    """
+    chosen: str = parse_device(device)
+    if RANK == -1 or chosen.startswith(("npu", "xpu")):  # Ultralytics joins the processes of those itself
+        return chosen
+    here = int(os.getenv("LOCAL_WORLD_SIZE", "1"))
+    if not chosen:
+        chosen = ",".join(map(str, range(here))) if torch.cuda.is_available() else "cpu"
+    if chosen != "cpu":
+        gpus, has = chosen.split(","), torch.cuda.device_count()
+        if len(gpus) < here or not all(gpu.isdecimal() and int(gpu) < has for gpu in gpus):
+            raise ConfigError(
+                f"device={chosen}: the {here} processes on this machine need a GPU each, and it has {has}; start "
+                f"fewer processes, or give device=cpu"
+            )
+        torch.cuda.set_device(int(gpus[LOCAL_RANK]))
+    if not dist.is_initialized():
+        backend = "nccl" if chosen != "cpu" and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT, rank=RANK, world_size=WORLD_SIZE)
+    return chosen
+
+
+@contextmanager
+def first_here_first() -> Iterator[None]:
+    """Let the first process of each machine go first: one download, one writer. Its errors are then all processes'."""
+    if dist.is_initialized() and LOCAL_RANK > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        let_others_follow()
+
+
+def let_others_follow() -> None:
+    """Pass the barrier at which the others of this machine wait for its first process."""
+    if dist.is_initialized() and LOCAL_RANK == 0:
+        dist.barrier()
+
+
+def agree(value: Any) -> Any:
+    """Return the value that the first process has."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def check_folder(folder: Path) -> None:
+    """Warn once a machine if it does not see the run folder of the first process."""
+    if LOCAL_RANK == 0 and not folder.is_dir():
+        LOGGER.warning(
+            f"this machine does not see {folder}; 'resume' needs project= on storage that all machines share"
+        )
+
+
+def spread(module: nn.Module) -> None:
+    """Give a module of every process the parameters and buffers that it has in the first."""
+    if dist.is_initialized():
+        for value in module.state_dict().values():
+            dist.broadcast(value, src=0)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average gradients over the processes, as `DistributedDataParallel` does with the student's.
+
+    All in one message: they are few, and needed only once a step of the optimizer.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not dist.is_initialized() or not gradients:
+        return
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    means = torch.split(flat / dist.get_world_size(), [gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Return whether an error of a collective operation means that another process has ended or is silent."""
+    return dist.is_initialized() and isinstance(error, RuntimeError) and any(s in str(error).lower() for s in LOST)
+
+
+def _wrap(student: nn.Module) -> nn.Module:
+    """Wrap a student on the CPU as Ultralytics wraps one on a GPU."""
+    ddp: Any = nn.parallel.DistributedDataParallel
+    renamed = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters  # since torch 2.13
+    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    wrapped: nn.Module = ddp(student, find_unused_parameters=True, **buffers)
+    return wrapped

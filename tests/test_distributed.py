@@ -1,18 +1,25 @@
 """Training by several processes: torchrun with gloo on this machine, and the launch that Ultralytics makes."""
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import polars
+import psutil
 import pytest
 import torch
+import yaml
 from conftest import SHORT
 from torch import nn
 from ultralytics import YOLO
+from ultralytics.utils.dist import find_free_network_port
+
+from yolo_cwd import CWDTrainer
 
 RECORDER = Path(__file__).with_name("step_recorder.py")
 WORDS = {
@@ -137,3 +144,101 @@ def test_bad_input_is_one_line_of_all_processes(word: str, complaint: str, data:
     assert complaint in lines[0]
     assert "exitcode  : 2" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_options_and_a_teacher_object_reach_the_processes_that_ultralytics_starts(
+    models: dict[str, Path], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yolo, arguments = YOLO(models["model"]), {k: v for k, v in WORDS.items() if k != "model"}
+    options = {"tau": 2, "levels": "P4,P5", "level_weights": (1, 3), "cwd": 7}
+    teacher = YOLO(models["teacher"])
+    yolo.train(trainer=OnTwo, teacher=teacher, data=data, project=str(tmp_path), name="run", **arguments, **options)
+    settings = yaml.safe_load((tmp_path / "run" / "cwd.yaml").read_text())
+    assert settings["tau"] == 2
+    assert settings["cwd"] == 7
+    assert settings["level_weights"] == [1, 3]
+    losses = polars.read_csv(tmp_path / "run" / "results.csv")
+    assert losses["train/P5_loss"].item() > losses["train/P4_loss"].item() > 0
+    assert "train/P3_loss" not in losses
+    assert yolo.metrics["metrics/mAP50-95(B)"] >= 0
+
+
+class OnTwo(CWDTrainer):
+    """What `device=0,1` makes of the trainer, on a machine without GPUs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if "RANK" not in os.environ:
+            self.ddp, self.world_size = True, 2
+
+
+@pytest.fixture
+def long(models: dict[str, Path], data: str, tmp_path: Path) -> list[str]:
+    """Words of a training that does not end before something happens to it."""
+    words = {**WORDS, **models, "data": data, "epochs": 12, "project": tmp_path, "name": "run"}
+    return ["-m", "yolo_cwd", "train", *as_words(**words)]
+
+
+def wait_for_epoch(table: Path, epoch: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (table.exists() and len(table.read_text().splitlines()) > epoch):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_process_says_that_another_has_been_killed(long: list[str], tmp_path: Path) -> None:
+    port = find_free_network_port()
+    environment = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    environment |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    command = [sys.executable, *long]
+    first, second = (
+        subprocess.Popen(command, env={**environment, **rank}, stderr=subprocess.PIPE, text=True) for rank in ranks
+    )
+    wait_for_epoch(tmp_path / "run" / "results.csv", 1)
+    second.kill()
+    _, errors = first.communicate(timeout=60)
+    second.communicate()
+    assert first.returncode == 1
+    line = "yolo_cwd: process 0 of 2 ends, since another one has ended or is silent; 'resume' goes on"
+    assert [text.startswith(line) for text in errors.splitlines() if text.startswith("yolo_cwd")] == [True]
+    assert (tmp_path / "run" / "weights" / "last.pt").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_from_the_last_epoch(long: list[str], tmp_path: Path) -> None:
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--max-restarts=1"]
+    command = [sys.executable, *launch, *long, "resume=True"]
+    run = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    table = tmp_path / "run" / "results.csv"
+    wait_for_epoch(table, 3)
+    workers = psutil.Process(run.pid).children()
+    workers[-1].kill()
+    output, _ = run.communicate(timeout=200)
+    assert run.returncode == 0
+    assert f"Resuming training {tmp_path / 'run'}" in output
+    assert polars.read_csv(table)["epoch"].to_list() == list(range(1, 13))
+    assert [f.name for f in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.slow
+def test_all_processes_end_a_training_limited_by_time(long: list[str], tmp_path: Path) -> None:
+    started = time.monotonic()
+    result = torchrun(2, *long, "time=0.002", "epochs=1000", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - started < 120
+    assert (tmp_path / "run" / "weights" / "best.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and ip")
+def test_two_hosts_train_together(long: list[str], tmp_path: Path) -> None:
+    script = RECORDER.parents[1] / "scripts" / "two_hosts.sh"
+    command = [str(script), *long[3:], "epochs=2", "verbose=True"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout
+    assert polars.read_csv(tmp_path / "run" / "results.csv")["epoch"].to_list() == [1, 2]
+    assert "b: " not in result.stdout.replace("b: [rank1]", "").partition("learns P3")[2]  # one writer

@@ -51,6 +51,17 @@ def resume(last: Path, callbacks: dict[str, Any] | None = None, **overrides: Any
     return trainer
 
 
+def test_one_command_begins_a_named_run_and_goes_on_with_it(train: Train, tmp_path: Path) -> None:
+    last = interrupted(train, tmp_path, 2, epochs=3, resume=True)
+    trainer = train(name="run", epochs=3, resume=True)
+    assert trainer.last == last
+    assert trainer.start_epoch == 2
+    assert [row["epoch"] for row in rows(trainer)] == [1, 2, 3]
+    with pytest.raises(ConfigError, match="the training is finished"):
+        train(name="run", epochs=3, resume=True)
+    assert [run.name for run in last.parents[2].iterdir()] == ["run"]
+
+
 def test_resume_goes_on_where_it_stopped(train: Train, tmp_path: Path) -> None:
     options = {"cwd": 20.0, "tau": 2.0, "levels": "P4,P5", "level_weights": [1.0, 0.5], "optimizer": "AdamW"}
     last = interrupted(train, tmp_path, 2, epochs=4, **options)

@@ -154,10 +154,9 @@ def train(words: list[str]) -> None:
         raise
     except Exception as error:
         if lost_peer(error):
-            raise ChildProcessError(
-                f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} ends, since another one has ended or is "
-                "silent; 'resume' goes on from the last epoch"
-            ) from error
+            ours = f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+            reason = "another one has ended or is silent; 'resume' goes on from the last epoch"
+            raise ChildProcessError(f"{ours} ends, since {reason}") from error
         if trainer is not None and trainer.criterion is not None:  # the training had begun: a fault, not bad input
             raise
         raise ConfigError(first_line(error)) from error

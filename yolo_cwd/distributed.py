@@ -70,6 +70,18 @@ class ProcessTrainer(DetectionTrainer):
         else:
             self.world_size = 1  # Ultralytics' way to wrap the student asks for a GPU; see below
 
+    def _setup_train(self) -> None:
+        super()._setup_train()
+        if RANK != -1:
+            self.add_callback("on_fit_epoch_end", ProcessTrainer._agree_on_epochs)
+
+    def _agree_on_epochs(self) -> None:
+        """Let all processes of a training limited by `time` end with the same epoch, on the same schedule."""
+        if self.args.time and (epochs := agree(self.epochs)) != self.epochs:
+            self.epochs = self.args.epochs = epochs
+            self._setup_scheduler()
+            self.scheduler.last_epoch = self.epoch
+
     def _build_train_pipeline(self) -> None:
         if RANK != -1 and self.world_size != WORLD_SIZE:
             self.world_size, self.model = WORLD_SIZE, _wrap(self.model)

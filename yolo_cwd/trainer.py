@@ -187,7 +187,6 @@ class CWDTrainer(distributed.ProcessTrainer):
         self.state.options = self._plain_options()
         self.add_callback("on_train_epoch_start", CWDTrainer._begin_epoch)
         self.add_callback("on_train_epoch_end", CWDTrainer._report_dropped_terms)
-        self.add_callback("on_fit_epoch_end", CWDTrainer._agree_on_epochs)
         if RANK in {-1, 0}:
             self._record_settings()
             self.add_callback("on_train_end", CWDTrainer._report_outcome)
@@ -202,13 +201,6 @@ class CWDTrainer(distributed.ProcessTrainer):
         chosen = distributed.agree(self.teacher.precision.name)
         if chosen != self.teacher.precision.name:
             self.teacher.calibrate(chosen, image)
-
-    def _agree_on_epochs(self) -> None:
-        """Let all processes of a training limited by `time` end with the same epoch, on the same schedule."""
-        if self.args.time and (epochs := distributed.agree(self.epochs)) != self.epochs:
-            self.epochs = self.args.epochs = epochs
-            self._setup_scheduler()
-            self.scheduler.last_epoch = self.epoch
 
     def _begin_epoch(self) -> None:
         assert self.criterion is not None

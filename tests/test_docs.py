@@ -50,7 +50,7 @@ def all_commands(*pages: Path) -> list[str]:
 
 SHORT_PAGES = [page for page in PAGES if page.name not in LONG]
 ELSEWHERE = {"yolo_cwd demo"}  # test_packaging.py runs it
-MENTIONS = {"yolo_cwd train", "yolo_cwd compare"}  # not meant to be typed like this
+MENTIONS = {"yolo_cwd train", "yolo_cwd check", "yolo_cwd compare"}  # not meant to be typed like this
 TO_RUN = [c for c in all_commands(*SHORT_PAGES, *RECIPES) if c not in ELSEWHERE | MENTIONS]
 
 
@@ -139,7 +139,7 @@ def test_command_runs(
     else:
         if "resume" in words:
             request.getfixturevalue("interrupted")
-        elif verb in {"train", "compare"}:
+        elif verb in {"train", "check", "compare"}:
             words += short(verb, folder)
         assert cli.main(words) == 0
     made = {"train": "runs/**/best.pt", "export": "runs/**/best.onnx", "compare": "compare/summary.md"}.get(verb)

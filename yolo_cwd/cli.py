@@ -21,6 +21,8 @@ yolo_cwd: a small YOLO detector learns from a larger one while it trains (channe
                        train the student; all arguments of 'yolo train' work as there
   yolo_cwd train resume model=runs/detect/train/weights/last.pt
                        go on after an interruption
+  yolo_cwd check teacher=best.pt student=yolov8n.pt data=my.yaml imgsz=640
+                       what is distilled, what a step costs, and is this teacher worth it? (format=json)
   yolo_cwd compare teacher=best.pt student=yolov8n.yaml data=my.yaml epochs=100 seeds=3 arms=plain,cwd,builtin
                        did it help, and by how much beyond luck?
   yolo_cwd demo        teacher, plain and distilled student on handwritten digits, in minutes on a CPU
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = (words[0], words[1:]) if words else ("help", [])
     commands = {
         "train": train,
+        "check": check,
         "compare": compare,
         "demo": demo,
         "settings": settings,
@@ -73,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "detect" and rest[:1] == ["train"]:  # as 'yolo detect train'
             command, rest = rest[0], rest[1:]
         if command not in commands:
-            raise ConfigError(f"{command}: unknown command; give one of train, compare, demo, settings, help, version")
+            raise ConfigError(
+                f"{command}: unknown command; give one of train, check, compare, demo, settings, help, version"
+            )
         commands[command](rest)
     except ConfigError as error:
         _complain(error)
@@ -159,6 +164,19 @@ def train(words: list[str]) -> None:
             raise ChildProcessError(f"{ours} ends, since {reason}") from error
         if trainer is not None and trainer.criterion is not None:  # the training had begun: a fault, not bad input
             raise
+        raise ConfigError(first_line(error)) from error
+
+
+def check(words: list[str]) -> None:
+    """Examine a training before it is begun."""
+    arguments = parse(words)
+    from yolo_cwd.check import run
+
+    try:
+        run(arguments)
+    except ConfigError:
+        raise
+    except Exception as error:
         raise ConfigError(first_line(error)) from error
 
 

@@ -308,18 +308,16 @@ def train_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
     trainer.train()
     seconds = time.perf_counter() - begin
     weights = trainer.best if trainer.best.exists() else trainer.last
-    scores = score(weights, comparison, folder)
+    scores = score(weights, comparison.arguments, comparison.split, folder)
     curve = [row[SCORE] for row in read_rows(trainer.csv)] if trainer.args.val else []
     return {"arm": arm.name, "seed": seed, "seconds": seconds, "weights": str(weights), **scores, "curve": curve}
 
 
-def score(weights: Path | str, comparison: Comparison, folder: Path) -> dict[str, Any]:
-    """Return mAP50-95, mAP50 and mAP50-95 by class of a checkpoint on the chosen split."""
-    arguments = {
-        k: v for k, v in comparison.arguments.items() if k in {"data", "imgsz", "batch", "device", "single_cls"}
-    }
+def score(weights: Path | str, arguments: dict[str, Any], split: str, folder: Path) -> dict[str, Any]:
+    """Return mAP50-95, mAP50 and mAP50-95 by class of a checkpoint on a split; `folder` is for Ultralytics' own use."""
+    arguments = {k: v for k, v in arguments.items() if k in {"data", "imgsz", "batch", "device", "single_cls"}}
     place = {"project": str(folder), "name": "score", "exist_ok": True, "plots": False, "verbose": False}
-    metrics = YOLO(weights).val(split=comparison.split, **arguments, **place)
+    metrics = YOLO(weights).val(split=split, **arguments, **place)
     box = metrics.box
     classes = {metrics.names[c]: float(box.maps[c]) for c in box.ap_class_index}
     return {"map50_95": float(box.map), "map50": float(box.map50), "classes": classes}
@@ -341,5 +339,5 @@ def score_teacher(comparison: Comparison, classes: dict[int, str]) -> None:
         if not file.exists():
             fits = YOLO(comparison.teacher).names == classes
             folder = comparison.folder / "runs" / "teacher"
-            scores = score(comparison.teacher, comparison, folder) if fits else None
+            scores = score(comparison.teacher, comparison.arguments, comparison.split, folder) if fits else None
             write_whole(file, json.dumps(scores))

@@ -1,0 +1,113 @@
+"""The examples for clusters and for Ray Tune, and the model of scaling."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import SHORT
+from ultralytics import YOLO
+from ultralytics.cfg import DEFAULT_CFG_DICT
+
+from yolo_cwd import cli
+from yolo_cwd.config import Settings, check_names, split_options
+from yolo_cwd.trainer import EXTRA_ARGUMENTS
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+def check_launch(command: str, nodes: str) -> None:
+    """Check a command that begins with torchrun: its arguments are known, and a restart goes on."""
+    launcher, _, ours = command.partition(" -m yolo_cwd train ")
+    assert shlex.split(launcher)[0] == "torchrun"
+    assert f"--nnodes={nodes}" in launcher
+    assert int(re.search(r"--max-restarts=(\d+)", launcher)[1]) > 0
+    options, arguments = split_options(cli.parse(shlex.split(ours)))
+    check_names(arguments, DEFAULT_CFG_DICT.keys() | EXTRA_ARGUMENTS)
+    Settings.parse(options)
+    assert arguments["resume"] is True
+    assert arguments["name"]
+    assert arguments["project"].startswith("/shared/")
+    assert arguments["batch"] % 16 == 0
+
+
+def test_slurm() -> None:
+    file = EXAMPLES / "slurm.sbatch"
+    subprocess.run(["bash", "-n", file], check=True)
+    text = re.sub(r"\\\n\s*", "", file.read_text(encoding="utf-8"))
+    check_launch(re.search(r"^srun (torchrun .*)$", text, re.MULTILINE)[1], nodes='"$SLURM_NNODES"')
+    assert {"nodes=2", "ntasks-per-node=1", "gpus-per-node=8", "requeue"} <= set(re.findall(r"#SBATCH --(\S+)", text))
+
+
+def test_kubernetes() -> None:
+    job = yaml.safe_load((EXAMPLES / "kubernetes.yaml").read_text(encoding="utf-8"))
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert sum(replicas[kind]["replicas"] for kind in ("Master", "Worker")) == 2
+    for replica in replicas.values():
+        pod = replica["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["name"] == "pytorch"
+        check_launch(container["args"][0].removeprefix("exec "), nodes="2")
+        assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+
+
+@pytest.mark.slow
+def test_ray_tune(data: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[tune]' optuna")
+    YOLO("yolov8n.yaml").save(tmp_path / "student.pt")
+    YOLO("yolov8s.yaml").save(tmp_path / "teacher.pt")
+    given = {k: v for k, v in SHORT.items() if k not in {"model", "val", "lr0"}}
+    given |= {"student": "student.pt", "teacher": "teacher.pt", "data": data, "iterations": 2, "project": tmp_path}
+    command = [sys.executable, EXAMPLES / "tune.py", *(f"{k}={v}" for k, v in given.items())]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert re.match(r"cwd=\S+ tau=\S+ lr0=\S+: mAP50-95 ", result.stdout.splitlines()[-1])
+    weights = [yaml.safe_load(file.read_text())["cwd"] for file in tmp_path.glob("tune_*/cwd.yaml")]
+    assert len(set(weights)) == 2
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    spec = importlib.util.spec_from_file_location("scale_model", ROOT / "scripts" / "scale_model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_ring(model: Any) -> None:
+    a = {"inside_gbs": 1, "outside_gbs": 0.5, "latency_us": 1000, "gpus_a_machine": 2}
+    assert model.ring_seconds(1, 1e9, a) == 0
+    assert model.ring_seconds(2, 1e9, a) == pytest.approx(2 * (2 + 0.001))  # two messages of half of 4 GB
+    assert model.ring_seconds(4, 1e9, a) == pytest.approx(6 * (2 + 0.001))  # six of a quarter, at half the speed
+
+
+def test_step(model: Any) -> None:
+    a = {**model.ASSUMED, "batch": 10, "student_gflops": 1, "teacher_gflops": 10, "student_tflops": 1}
+    a |= {"teacher_tflops": 10, "latency_us": 0, "images_a_core": 1000, "cores": 1}
+    alone = model.step(1, a)
+    assert (alone["student"], alone["teacher"], alone["gradients"]) == pytest.approx((0.030, 0.010, 0))
+    assert alone["step"] == pytest.approx(0.040)
+    assert alone["images/s"] == pytest.approx(250)
+    slow = {**a, "inside_gbs": 0.1}  # 2 * 1/2 of 12.628 MB and of 0.852 MB at 0.1 GB/s, 20 ms of the first hidden
+    assert model.step(2, slow)["gradients"] == pytest.approx(0.12628 - 0.020 + 0.00852)
+    assert model.step(1, {**a, "images_a_core": 100})["step"] == pytest.approx(0.1)  # the loader's
+
+
+def test_page_shows_the_table() -> None:
+    script = ROOT / "scripts" / "scale_model.py"
+    table = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    assert table in (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+
+
+def test_script_refuses_unknown_words() -> None:
+    script = ROOT / "scripts" / "scale_model.py"
+    result = subprocess.run([sys.executable, script, "gpus=3"], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("gpus: unknown")

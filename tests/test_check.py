@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,11 @@ from conftest import SHORT
 from torch import nn
 from ultralytics import YOLO
 
-from yolo_cwd.check import as_text, examine, verdict
+from yolo_cwd import check, digits
+from yolo_cwd.advice import as_text, compare_classes, verdict
+from yolo_cwd.check import examine
 from yolo_cwd.cli import main
+from yolo_cwd.config import ConfigError
 
 WORDS = {**{k: v for k, v in SHORT.items() if k != "val"}, "model": "yolov8n.yaml", "teacher_dtype": "fp32"}
 
@@ -72,6 +77,82 @@ def test_step_is_measured_against_a_plain_one(tmp_path: Path, pair: dict[str, st
     assert found["peak_mib"]["distilled"] > 100
 
 
+@pytest.mark.parametrize("overrides", [{"batch": 66}, {"fraction": 0.1}], ids=lambda o: next(iter(o)))
+def test_made_up_batches_are_full_and_the_student_is_the_one_named(
+    overrides: dict[str, float], tmp_path: Path, pair: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes, step = set(), check._step
+
+    def note(trainer: check.CWDTrainer, raw: dict[str, torch.Tensor]) -> float:
+        shapes.add(tuple(raw["img"].shape))
+        return step(trainer, raw)
+
+    monkeypatch.setattr(check, "_step", note)
+    monkeypatch.setattr(check, "TURNS", 2)
+    found = examine({**WORDS, "teacher": pair["teacher"], **overrides}, tmp_path)
+    assert shapes == {(found["batch"], 3, 64, 64)}
+    assert found["batch"] == overrides.get("batch", WORDS["batch"])
+    assert found["student"]["parameters"] == sum(p.numel() for p in YOLO("yolov8n.yaml").model.parameters())
+
+
+def test_cost_is_that_of_the_training(tmp_path: Path, pair: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch in four is distilled; the weights of teacher and adapters are no part of plain training."""
+
+    @contextmanager
+    def peak(device: torch.device) -> Iterator[list[int]]:
+        yield [100 * 2**20]
+
+    monkeypatch.setattr(check, "_peak", peak)
+    monkeypatch.setattr(check, "_step", lambda trainer, raw: 3.0 if trainer.criterion.weight else 1.0)
+    found = examine({**WORDS, "teacher": pair["teacher"], "cwd_every": 4}, tmp_path)
+    assert found["step_seconds"] == {"plain": 1.0, "distilled": 1.5}
+    assert found["step_ratio"] == 1.5
+    # a YOLOv8s body without its head and its normalization, and adapters, in float32
+    weights = found["peak_mib"]["distilled"] - found["peak_mib"]["plain"]
+    adapters = 4 * (64 * 128 + 128 * 256 + 256 * 512) / 2**20
+    assert weights == pytest.approx(4 * 9.0e6 / 2**20 + adapters, rel=0.05)
+
+
+def test_a_step_that_does_not_fit_is_bad_input(tmp_path: Path, pair: dict[str, str], monkeypatch) -> None:
+    def full(*args: object) -> float:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(check, "_step", full)
+    with pytest.raises(ConfigError, match="batch=4: a step does not fit into the memory of cpu; give a smaller batch"):
+        examine({**WORDS, "teacher": pair["teacher"]}, tmp_path)
+
+
+def test_a_fault_of_ours_is_not_called_bad_input(pair: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> float:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(check, "_step", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["check", *(f"{k}={v}" for k, v in {**WORDS, "teacher": pair["teacher"]}.items())])
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "other", "expected"),
+    [
+        (["a", "b"], ["a", "b"], "teacher and data have the same 2, in the same order"),
+        (
+            ["a", "b"],
+            ["b", "a"],
+            "the teacher has 2 and the data 2; the names are the same in another order. That is no",
+        ),
+        (
+            ["a", *"vwxyz"],
+            ["a", "b"],
+            "the teacher has 6 and the data 2; only the teacher has v, w, x, y and 1 more; only the data has b. That",
+        ),
+        (["a"], [], "not compared: the data has none before training; give data="),
+    ],
+)
+def test_classes(teacher: list[str], other: list[str], expected: str) -> None:
+    assert compare_classes(dict(enumerate(teacher)), dict(enumerate(other)), "data").startswith(expected)
+
+
 def test_scores_of_both(tmp_path: Path, pair: dict[str, str], data: str) -> None:
     found = examine({**WORDS, **pair, "data": data}, tmp_path)
     assert found["same_classes"]
@@ -86,8 +167,9 @@ def test_other_classes_are_no_score(tmp_path: Path, pair: dict[str, str], data: 
     assert not found["same_classes"]
     assert found["map50_95"] == {"teacher": None, "student": None}
     assert "does not know the classes" in found["verdict"]
-    assert "the teacher's are not those of the data" in as_text(found)
-    assert max(map(len, as_text(found).splitlines())) <= 110
+    assert "classes   the teacher has 80 and the data 10; only the teacher has 10, 11, 12, 13" in as_text(found)
+    assert "That is no obstacle" in found["classes"]
+    assert max(map(len, as_text(found).splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
@@ -105,12 +187,16 @@ def test_verdicts(scores: tuple[bool, float | None, float | None], beginning: st
     assert verdict(*scores).startswith(beginning)
 
 
-def test_json_stands_alone_and_nothing_is_left(tmp_path: Path, pair: dict[str, str], data: str) -> None:
-    words = [f"{k}={v}" for k, v in {**WORDS, **pair, "data": data, "format": "json"}.items()]
-    command = [sys.executable, "-m", "yolo_cwd", "check", *words]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+def test_json_stands_alone_and_nothing_is_left(tmp_path: Path, pair: dict[str, str]) -> None:
+    data = digits.build(tmp_path / "data", {"train": 8, "val": 4})
+    (place := tmp_path / "here").mkdir()
+    given = {**WORDS, **pair, "data": data, "format": "json", "cache": "disk", "save_dir": place / "run"}
+    command = [sys.executable, "-m", "yolo_cwd", "check", *(f"{k}={v}" for k, v in given.items())]
+    before = set(tmp_path.rglob("*"))
+    result = subprocess.run(command, cwd=place, capture_output=True, text=True, check=True)
     assert len(json.loads(result.stdout)["levels"]) == 3
-    assert not list(tmp_path.iterdir())
+    left = {file.name for file in set(tmp_path.rglob("*")) - before}
+    assert left <= {"train.cache", "val.cache"}  # of the labels: Ultralytics writes them in any training
 
 
 @pytest.mark.parametrize(
@@ -120,12 +206,20 @@ def test_json_stands_alone_and_nothing_is_left(tmp_path: Path, pair: dict[str, s
         ("resume=True", "resume=True: a run that has begun"),
         ("teacher=absent.pt", "teacher=absent.pt: "),
         ("tau=0", "tau=0: must be a number above 0"),
+        ("adapter=identity", "adapter=identity: P3 has 64 channels in the student and 128 in the teacher"),
+        ("student=absent.pt", "student=absent.pt: "),
+        ("device=0,1", "device=0,1: one device is enough to check"),
+        ("batch=-1", "batch=-1: "),
+        ("batch=many", "batch=many"),
         ("data=absent.yaml", "data=absent.yaml: "),
     ],
 )
 def test_bad_input(word: str, message: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    given = {**WORDS, "teacher": "yolov8n.yaml"} | dict([word.split("=")])
+    changed = dict([word.split("=")])
+    given = {**WORDS, "teacher": "yolov8s.yaml"} | changed
+    if "student" in changed:
+        del given["model"]
     assert main(["check", *(f"{k}={v}" for k, v in given.items())]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("yolo_cwd: ")]
     assert len(lines) == 1

@@ -1,43 +1,72 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """What a distilled training would be and cost, and whether its teacher is worth it, before a day is spent on it.
 
-The training is set up in full, in a folder that is removed again, and makes a few steps.
+The training is set up in full, in a folder that is removed again, and makes a few steps. advice.py puts into words what
+it finds.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import psutil
 import torch
+import yaml
 from ultralytics import YOLO
 from ultralytics.utils import LOGGER
-from ultralytics.utils.torch_utils import autocast, get_flops, unwrap_model
+from ultralytics.utils.torch_utils import autocast, get_flops, parse_device, unset_deterministic, unwrap_model
 
 from yolo_cwd import digits
+from yolo_cwd.advice import as_text, compare_classes, verdict
 from yolo_cwd.compare import score
-from yolo_cwd.config import ConfigError
+from yolo_cwd.config import ConfigError, first_line
 from yolo_cwd.teacher import wait_for
 from yolo_cwd.trainer import CWDTrainer
 
+MADE_UP = "made-up images"
+PASSING = {  # keeps what a check writes in its folder, and the images in memory those of the step
+    "name": "run",
+    "plots": False,
+    "verbose": False,
+    "save_period": -1,
+    "cache": False,
+    "workers": 0,
+    "multi_scale": 0.0,
+}
 BATCHES = 2
 TURNS = 3  # steps on each batch, of which the first warms up
-WORTHWHILE = 0.05  # lead of a teacher in mAP50-95: with 0.06 a gain has been measured, with 0.04 none
 
 
 class Rehearsal(CWDTrainer):
-    """A trainer that is set up and makes a few steps, and that no logger hears of."""
+    """A trainer that is set up and makes a few steps, on made-up images if need be, and that no logger hears of."""
 
     def run_callbacks(self, event: str) -> None:
         """Run none: Ultralytics' loggers begin a run of theirs."""
+
+    def get_dataset(self) -> Any:
+        """Resolve `data`, or make up two full batches: digits that all count as the student's first class."""
+        if self.args.data == MADE_UP:
+            file = digits.build(self.save_dir, {"train": BATCHES * self.args.batch, "val": 4})
+            for labels in file.parent.glob("labels/*/*.txt"):
+                labels.write_text(re.sub(r"^\d+", "0", labels.read_text(encoding="utf-8"), flags=re.MULTILINE))
+            names = {0: "object"}
+            with suppress(Exception):  # what is wrong with the student is said where it is built
+                names = YOLO(self.args.model).names
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            content |= {"names": names, "channels": self.teacher.image_channels}
+            file.write_text(yaml.safe_dump(content), encoding="utf-8")
+            self.args.data, self.args.fraction = str(file), 1.0
+        return super().get_dataset()
 
 
 def run(words: dict[str, Any]) -> None:
@@ -58,10 +87,11 @@ def run(words: dict[str, Any]) -> None:
     level = LOGGER.level
     LOGGER.setLevel("ERROR")  # Ultralytics tells of a training that is none
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:  # its progress bars are not findings
             found = examine(words, Path(folder))
     finally:
         LOGGER.setLevel(level)
+        unset_deterministic()
     print(json.dumps(found, indent=1) if form == "json" else as_text(found))
 
 
@@ -71,11 +101,13 @@ def examine(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     Args:
         words: Its arguments and options. Without `data`, the steps are taken on the embedded digits.
         folder: A folder for passing files.
+
+    Raises:
+        ConfigError: If the training could not begin, or its step does not fit into the GPU.
     """
-    place = {"project": str(folder), "name": "run", "plots": False, "verbose": False, "save_period": -1}
-    embedded = {} if words.get("data") else {"data": str(digits.build(folder, {"train": 64, "val": 4}))}
-    trainer = Rehearsal(overrides={**words, **embedded, **place})
-    trainer._setup_train()
+    embedded = words.get("data") is None
+    _say("building the models")
+    trainer = _set_up({**words, "data": MADE_UP if embedded else words["data"]}, folder)
     teacher, student = trainer.teacher, unwrap_model(trainer.model)
     size = trainer.args.imgsz
     found = {
@@ -96,6 +128,7 @@ def examine(words: dict[str, Any], folder: Path) -> dict[str, Any]:
         "batch": trainer.batch_size,
         "imgsz": size,
         **_cost(trainer),
+        "classes": _classes(trainer, embedded),
     }
     if embedded:
         return {**found, "verdict": "give data= as well, to see the mAP of both and whether this teacher is worth it"}
@@ -108,6 +141,29 @@ def examine(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**found, "same_classes": same, "map50_95": scores, "verdict": verdict(same, **scores)}
 
 
+def _set_up(words: dict[str, Any], folder: Path) -> Rehearsal:
+    if "," in (device := parse_device(words.get("device"))):
+        raise ConfigError(f"device={device}: one device is enough to check; give one, and the batch of one")
+    given = {name: value for name, value in words.items() if name != "save_dir"}
+    try:
+        trainer = Rehearsal(overrides={**given, **PASSING, "project": str(folder)})
+        trainer._setup_train()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(first_line(error)) from error
+    return trainer
+
+
+def _say(doing: str) -> None:
+    print(f"yolo_cwd check: {doing} ...", file=sys.stderr, flush=True)
+
+
+def _classes(trainer: CWDTrainer, embedded: bool) -> str:
+    names = trainer.data["names"] if not embedded or str(trainer.args.model).endswith(".pt") else {}
+    return compare_classes(trainer.teacher.names, names, "student" if embedded else "data")
+
+
 def _can_score_student(trainer: CWDTrainer) -> bool:
     """Return whether the student has been trained on the classes of the data before."""
     model = str(trainer.args.model)
@@ -115,7 +171,10 @@ def _can_score_student(trainer: CWDTrainer) -> bool:
 
 
 def _score(model: str, arguments: dict[str, Any], folder: Path) -> float | None:
-    return score(model, arguments, arguments["split"], folder)["map50_95"] if model.endswith(".pt") else None
+    if not model.endswith(".pt"):
+        return None
+    _say(f"scoring {model}")
+    return float(score(model, arguments, arguments["split"], folder)["map50_95"])
 
 
 def _levels(trainer: CWDTrainer) -> list[dict[str, Any]]:
@@ -128,23 +187,36 @@ def _levels(trainer: CWDTrainer) -> list[dict[str, Any]]:
 
 
 def _cost(trainer: CWDTrainer) -> dict[str, Any]:
-    """Return the time of a step and the memory it needs, plain and distilled, on the same batches."""
+    """Return the time of a step and the memory it needs, plain and distilled, on the same batches.
+
+    The memory of a plain step is without teacher and adapters, which lie there already; the time of a distilled one is
+    the mean over the batches that `cwd_every` distils and those it does not.
+    """
     assert trainer.criterion is not None
+    _say("timing steps")
     trainer._model_train()
     batches = [batch for batch, _ in zip(trainer.train_loader, range(BATCHES), strict=False)]
     weights = {"plain": 0.0, "distilled": trainer.cwd.cwd}
     memory: dict[str, float] = {}
     times: dict[str, list[float]] = {arm: [] for arm in weights}
-    for turn in range(TURNS):
-        for arm, weight in weights.items():  # the plain step first: memory once taken is not always given back
-            trainer.criterion.weight = weight
-            with _peak(trainer.device) as peak:
-                for batch in batches:
-                    duration = _step(trainer, batch)
-                    if turn:
-                        times[arm].append(duration)
-            memory.setdefault(arm, peak[0])
+    try:
+        for turn in range(TURNS):
+            for arm, weight in weights.items():  # the plain step first: memory once taken is not always given back
+                trainer.criterion.weight = weight
+                with _peak(trainer.device) as peak:
+                    for batch in batches:
+                        duration = _step(trainer, batch)
+                        if turn:
+                            times[arm].append(duration)
+                memory.setdefault(arm, peak[0])
+    except torch.cuda.OutOfMemoryError as error:
+        reason = f"batch={trainer.batch_size}: a step does not fit into the memory of {trainer.device}"
+        raise ConfigError(f"{reason}; give a smaller batch or imgsz, or a smaller teacher") from error
     seconds = {arm: median(values) for arm, values in times.items()}
+    seconds["distilled"] = seconds["plain"] + (seconds["distilled"] - seconds["plain"]) / trainer.cwd.cwd_every
+    if trainer.cwd.cwd:  # with cwd=0 the teacher stays where it was loaded
+        ours = [p for module in (trainer.teacher, trainer.adapters) for p in module.parameters()]
+        memory["plain"] -= sum(p.numel() * p.element_size() for p in ours)
     return {
         "step_seconds": seconds,
         "step_ratio": round(seconds["distilled"] / seconds["plain"], 2),
@@ -157,7 +229,7 @@ def _step(trainer: CWDTrainer, raw: dict[str, Any]) -> float:
     wait_for(trainer.device)
     begin = time.perf_counter()
     trainer._batches = 0  # distil this one, whatever cwd_every
-    with autocast(trainer.amp, device=trainer.device.type):
+    with autocast(torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp, device=trainer.device.type):
         loss, _ = trainer.model(trainer.preprocess_batch(dict(raw)))
     trainer.scaler.scale(loss.sum()).backward()
     trainer.optimizer_step()
@@ -187,61 +259,3 @@ def _peak(device: torch.device) -> Iterator[list[int]]:
     finally:
         ended.set()
         watcher.join()
-
-
-def verdict(same_classes: bool, teacher: float | None, student: float | None) -> str:
-    """Return in a sentence whether a teacher is worth it.
-
-    Args:
-        same_classes: Whether its classes are those of the data.
-        teacher: Its mAP50-95 on the validation images, in 0 to 1; None if it has none.
-        student: The student's before this training; None if it has not been trained on such data.
-    """
-    if not same_classes:
-        return "doubtful: the teacher does not know the classes of the data; one trained on such data teaches more"
-    if teacher is None:
-        return "no: the teacher has not been trained"
-    if student is None:
-        return (
-            f"the teacher reaches {100 * teacher:.1f} points; it is worth it if the student alone ends well below, "
-            "which 'yolo_cwd compare' tells"
-        )
-    lead = teacher - student
-    if lead <= 0:
-        return f"no: the teacher is {-100 * lead:.1f} points behind the student, and has nothing to teach it here"
-    if lead < WORTHWHILE:
-        return (
-            f"hardly: the teacher leads the student by {100 * lead:.1f} points only; no gain has been measured under "
-            "such a lead"
-        )
-    return f"yes: the teacher leads the student by {100 * lead:.1f} points; 'yolo_cwd compare' tells the gain"
-
-
-def as_text(found: dict[str, Any]) -> str:
-    """Return the findings in words and tables of less than 100 columns."""
-    lines = []
-    for who, part in (("teacher", "without its head"), ("student", "whole")):
-        model = found[who]
-        name = model["model"] if len(model["model"]) <= 44 else "..." + model["model"][-41:]
-        size = f"{model['parameters'] / 1e6:6.2f}M parameters, {model['gflops']:6.1f} GFLOPs {part}"
-        lines.append(f"{who}  {name:44}  {size}")
-    lines += ["", f"level  stride      map  {'student':>9}  {'teacher':>9}  {'adapter':>9}  weight"]
-    for x in found["levels"]:
-        channels = f"{x['student_channels']:9,}  {x['teacher_channels']:9,}  {x['adapter_parameters']:9,}"
-        lines.append(f"{x['name']:5}  {x['stride']:6}  {x['map']:3}x{x['map']:<3}  {channels}  {x['weight']:6g}")
-    where = f"batch {found['batch']}, {found['imgsz']} px, {found['device']}"
-    on = "the embedded digits" if found["data"] is None else "the data"
-    holds = "held by PyTorch on the GPU" if "cuda" in found["device"] else "of the whole process"
-    peaks = found["peak_mib"]
-    lines += [
-        "",
-        f"step      {found['step_ratio']:.2f}x a plain one, measured on {BATCHES} batches of {on} ({where})",
-        f"memory    {peaks['distilled']} MiB at its peak, {peaks['plain']} MiB for a plain step ({holds})",
-        f"teacher   calculates in {found['teacher']['precision']}",
-    ]
-    if "map50_95" in found:
-        known = {who: value for who, value in found["map50_95"].items() if value is not None}
-        shown = ", ".join(f"{who} {100 * value:.1f}" for who, value in known.items())
-        lines.append(f"mAP50-95  {shown or 'not known'}")
-        lines.append(f"classes   the teacher's are {'' if found['same_classes'] else 'not '}those of the data")
-    return "\n".join([*lines, "", f"verdict   {found['verdict']}"])

@@ -172,12 +172,7 @@ def check(words: list[str]) -> None:
     arguments = parse(words)
     from yolo_cwd.check import run
 
-    try:
-        run(arguments)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(first_line(error)) from error
+    run(arguments)
 
 
 def compare(words: list[str]) -> None:

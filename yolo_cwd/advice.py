@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What `yolo_cwd check` says of what it has found: on the classes, on the teacher's worth, and all of it as text."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+WORTHWHILE = 0.05  # lead of a teacher in mAP50-95: with 0.06 a gain has been measured, with 0.04 none
+WIDTH = 99
+
+
+def compare_classes(teacher: dict[int, str], other: dict[int, str], whose: str) -> str:
+    """Say what differs between the classes of a teacher and those of the data or of the student.
+
+    Args:
+        teacher: The teacher's classes by index.
+        other: Those to compare with; none if they are not known.
+        whose: What the latter belong to.
+    """
+    if not other:
+        return f"not compared: the {whose} has none before training; give data="
+    if teacher == other:
+        return f"teacher and {whose} have the same {len(other)}, in the same order"
+    ours, theirs = list(teacher.values()), list(other.values())
+    parts = [f"the teacher has {len(ours)} and the {whose} {len(theirs)}"]
+    for side, names, rest in (("teacher", ours, theirs), (whose, theirs, ours)):
+        alone = [name for name in names if name not in rest]
+        more = f" and {len(alone) - 4} more" if len(alone) > 4 else ""
+        parts += [f"only the {side} has {', '.join(alone[:4])}{more}"] if alone else []
+    parts += ["the names are the same in another order"] if sorted(ours) == sorted(theirs) else []
+    return f"{'; '.join(parts)}. That is no obstacle: the necks are compared, not the classes"
+
+
+def verdict(same_classes: bool, teacher: float | None, student: float | None) -> str:
+    """Return in a sentence whether a teacher is worth it.
+
+    Args:
+        same_classes: Whether its classes are those of the data.
+        teacher: Its mAP50-95 on the validation images, in 0 to 1; None if it has none.
+        student: The student's before this training; None if it has not been trained on such data.
+    """
+    if not same_classes:
+        return "doubtful: the teacher does not know the classes of the data; one trained on such data teaches more"
+    if teacher is None:
+        return "no: the teacher has not been trained"
+    if student is None:
+        return (
+            f"the teacher reaches {100 * teacher:.1f} points; it is worth it if the student alone ends well below, "
+            "which 'yolo_cwd compare' tells"
+        )
+    lead = teacher - student
+    if lead <= 0:
+        return f"no: the teacher is {-100 * lead:.1f} points behind the student, and has nothing to teach it here"
+    if lead < WORTHWHILE:
+        return (
+            f"hardly: the teacher leads the student by {100 * lead:.1f} points only; no gain has been measured under "
+            "such a lead"
+        )
+    return f"yes: the teacher leads the student by {100 * lead:.1f} points; 'yolo_cwd compare' tells the gain"
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """Return the findings in words and tables for a terminal of 100 columns."""
+    lines = []
+    for who, part in (("teacher", "without its head"), ("student", "whole")):
+        model = found[who]
+        name = model["model"] if len(model["model"]) <= 38 else "..." + model["model"][-35:]
+        size = f"{model['parameters'] / 1e6:6.2f}M parameters, {model['gflops']:6.1f} GFLOPs {part}"
+        lines.append(f"{who}  {name:38}  {size}")
+    lines += ["", f"level  stride      map  {'student':>9}  {'teacher':>9}  {'adapter':>9}  weight"]
+    for x in found["levels"]:
+        channels = f"{x['student_channels']:9,}  {x['teacher_channels']:9,}  {x['adapter_parameters']:9,}"
+        lines.append(f"{x['name']:5}  {x['stride']:6}  {x['map']:3}x{x['map']:<3}  {channels}  {x['weight']:6g}")
+    where = f"batch {found['batch']}, {found['imgsz']} px, {found['device']}"
+    on = "the embedded digits" if found["data"] is None else "the data"
+    holds = "allocated on the GPU" if "cuda" in found["device"] else "resident memory of the process"
+    peaks = found["peak_mib"]
+    paragraphs = {
+        "step": f"{found['step_ratio']:.2f}x a plain one, measured on two batches of {on} ({where})",
+        "memory": f"{peaks['distilled']:,} MiB at its peak, {peaks['plain']:,} MiB for a plain step ({holds})",
+        "teacher": f"calculates in {found['teacher']['precision']}",
+    }
+    if "map50_95" in found:
+        known = {who: value for who, value in found["map50_95"].items() if value is not None}
+        shown = ", ".join(f"{who} {100 * value:.1f}" for who, value in known.items())
+        paragraphs["mAP50-95"] = shown or "not known"
+    lines += ["", *(_paragraph(*item) for item in (paragraphs | {"classes": found["classes"]}).items())]
+    return "\n".join([*lines, "", _paragraph("verdict", found["verdict"])])
+
+
+def _paragraph(name: str, text: str) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent=f"{name:10}", subsequent_indent=" " * 10, break_on_hyphens=False)

@@ -96,10 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(reason: object) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes of 'torchrun', once a machine
-        print(f"yolo_cwd: {reason}", file=sys.stderr)
-    else:
-        time.sleep(2)  # 'torchrun' ends all when one ends: let the first say why
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun ends all when one ends: the first says it, if it fails too
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    print(f"yolo_cwd: {reason}", file=sys.stderr)
 
 
 class Terminated(KeyboardInterrupt):

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from ultralytics.engine import trainer as ultralytics_trainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
@@ -134,8 +137,35 @@ def join(device: Any) -> str:
         torch.cuda.set_device(int(gpus[LOCAL_RANK]))
     if not dist.is_initialized():
         backend = "nccl" if chosen != "cpu" and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT, rank=RANK, world_size=WORLD_SIZE)
+        store, _, _ = next(rendezvous("env://", RANK, WORLD_SIZE, timeout=TIMEOUT))
+        dist.init_process_group(backend, store=_unused(store), timeout=TIMEOUT, rank=RANK, world_size=WORLD_SIZE)
     return chosen
+
+
+def _unused(store: Any) -> Any:
+    """Return a part of the store that belongs to this start alone, agreed on by all processes.
+
+    `torchrun` keeps its store over restarts, with the addresses of processes that are gone. So nothing may be believed
+    that is not an answer to what was asked in this start: every process asks with a token of its own, and the first
+    answers whatever token it finds until all have heard the name of this start.
+    """
+    if RANK == 0:
+        start, deaf = uuid4().hex, set(range(1, WORLD_SIZE))
+        deadline = time.monotonic() + TIMEOUT.total_seconds()
+        while deaf:
+            for rank in sorted(deaf):
+                if store.check([f"asks/{rank}"]):
+                    store.set(f"answer/{store.get(f'asks/{rank}').decode()}", start)
+            deaf = {rank for rank in deaf if not store.check([f"heard/{start}/{rank}"])}
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"timed out: {len(deaf)} of {WORLD_SIZE} processes have not come")
+            time.sleep(0.01)
+    else:
+        token = uuid4().hex
+        store.set(f"asks/{RANK}", token)
+        start = store.get(f"answer/{token}").decode()
+        store.set(f"heard/{start}/{RANK}", "")
+    return dist.PrefixStore(start, store)  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -87,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"yolo_cwd: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        _complain(str(interrupt) or "interrupted")
+        if _first_here():
+            _complain(str(interrupt) or "interrupted")
         return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
     finally:
         if threading.current_thread() is threading.main_thread():
@@ -95,8 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _first_here() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def _complain(reason: object) -> None:
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun ends all when one ends: the first says it, if it fails too
+    if not _first_here():  # torchrun ends all when one ends: the first says it, if it fails too
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     print(f"yolo_cwd: {reason}", file=sys.stderr)

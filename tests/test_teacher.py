@@ -10,6 +10,7 @@ from ultralytics import YOLO
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel
 
+from yolo_cwd import parallel
 from yolo_cwd import teacher as teacher_module
 from yolo_cwd.config import ConfigError
 from yolo_cwd.teacher import Precision, Teacher, load_teacher
@@ -56,6 +57,20 @@ def test_teacher_with_p6_takes_images_of_a_student_without() -> None:
     teacher = Teacher(DetectionModel("yolov8n-p6.yaml", verbose=False))
     shapes = [tuple(m.shape[-2:]) for m in teacher(torch.rand(1, 3, 96, 160))]
     assert shapes == [(12, 20), (6, 10), (3, 5), (1, 2)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("pixels", [1, 2 * 64 * 64, 10**9], ids=["one image", "two images", "as many as there are"])
+def test_images_that_go_through_in_parts(count: int, pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, images = load_teacher("yolov8n.yaml"), torch.rand(5, 3, 64, 64)
+    expected = teacher.body(images)
+    monkeypatch.setattr(teacher_module, "PART_PIXELS", pixels)
+    for module in (parallel, teacher_module):
+        monkeypatch.setattr(module, "workers", lambda device: count)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = teacher(images)
+    torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-6)
+    assert not any(m.requires_grad for m in maps)
 
 
 def calibrated(wanted: str, monkeypatch: pytest.MonkeyPatch, fast: set[str]) -> Teacher:

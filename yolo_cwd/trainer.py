@@ -159,7 +159,7 @@ class CWDTrainer(distributed.ProcessTrainer):
         self.adapters = build_adapters(self.levels, self.cwd.adapter).to(self.device)
         distributed.spread(self.adapters)
         if self.cwd.cwd:
-            self.teacher.to(self.device)
+            self.teacher.settle(self.device)
         return checkpoint
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -195,12 +195,15 @@ class CWDTrainer(distributed.ProcessTrainer):
                 self.add_callback("on_train_epoch_end", plots.show_first_epoch)
 
     def _calibrate_teacher(self) -> None:
-        image = self._validation_image()
-        with distributed.first_here_first():
-            self.teacher.calibrate(self.cwd.teacher_dtype, image)
-        chosen = distributed.agree(self.teacher.precision.name)
-        if chosen != self.teacher.precision.name:
-            self.teacher.calibrate(chosen, image)
+        wanted, images, first = self.cwd.teacher_dtype, self._validation_image(), RANK in {-1, 0}
+        if self.device.type != "cpu":  # a single image would not keep a GPU busy
+            images = images.expand(max(1, self.batch_size // distributed.WORLD_SIZE), -1, -1, -1)
+        if first or wanted != "auto":
+            self.teacher.calibrate(wanted, images)
+        if wanted == "auto":  # the first process chooses for all
+            chosen = distributed.agree(self.teacher.precision.name)
+            if not first:
+                self.teacher.calibrate(chosen, images)
 
     def _begin_epoch(self) -> None:
         assert self.criterion is not None

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_cwd import CWDLoss, channel_wise_divergence
+from yolo_cwd import CWDLoss, channel_wise_divergence, parallel
+from yolo_cwd import loss as loss_module
 from yolo_cwd.fpn import Level
 from yolo_cwd.loss import standardize
 
@@ -232,3 +233,46 @@ def test_a_copied_student_takes_the_plain_criterion_along(criterion: CWDLoss) ->
     student = nn.Linear(1, 1)
     student.criterion = criterion
     assert type(deepcopy(student).criterion) is Detection
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradient_in_parts_is_that_of_the_whole(
+    workers: int, normalize: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "workers", lambda device: workers)
+    monkeypatch.setitem(loss_module.PART_ELEMENTS, "cpu", 2 * 6 * 8 * 8)  # two of the five images
+    feature, teacher = maps(5, 3, 8, 8, seed=30, dtype=dtype), maps(5, 6, 8, 8, seed=31)
+    adapter = nn.Conv2d(3, 6, 1, bias=False)
+    criterion = CWDLoss(
+        Detection(), nn.ModuleList([adapter]), [Level("P3", 8, 0, 0, 3, 6)], tau=2.0, normalize=normalize
+    )
+
+    leaf, weight = feature.double().requires_grad_(), adapter.weight.detach().double().requires_grad_()
+    sides = [torch.einsum("tc,nchw->nthw", weight[..., 0, 0], leaf), teacher.double()]
+    if normalize:
+        sides = [(x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), False, True) + 1e-5).sqrt() for x in sides]
+    q, p = ((x.flatten(2) / 2).softmax(-1) for x in sides)
+    expected = 4 * (p * (p / q).log()).sum() / (5 * 6)
+    (7 * expected).backward()
+
+    feature.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):  # of the training around it, not of the comparison
+        (term,) = criterion.divergences([feature], [teacher])
+    (7 * term).backward()
+    assert term.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(adapter.weight.grad, weight.grad.float(), rtol=1e-4, atol=1e-6)
+    coarse = {"rtol": 1e-4, "atol": 1e-7} if dtype is torch.float32 else {"rtol": 1e-2, "atol": 1e-4}
+    torch.testing.assert_close(feature.grad.float(), leaf.grad.float(), **coarse)
+    assert feature.grad.dtype is dtype
+
+
+def test_backward_of_a_level_needs_a_map_of_the_students_channels() -> None:
+    features = [maps(2, 3, 8, 8, seed=32).requires_grad_()]
+    adapters = nn.ModuleList([nn.Conv2d(3, 12, 1, bias=False)])
+    criterion = CWDLoss(Detection(), adapters, [Level("P3", 8, 0, 0, 3, 12)])
+    (term,) = criterion.divergences(features, [maps(2, 12, 8, 8, seed=33)])
+    assert [x.shape for x in term.grad_fn.saved_tensors] == [features[0].shape, adapters[0].weight.shape]
+    inputs = [node for node, _ in term.grad_fn.next_functions if node is not None]
+    assert {type(node).__name__ for node in inputs} == {"AccumulateGrad"}  # nothing of the adapters' graph is kept

@@ -262,16 +262,17 @@ def test_patience(train: Train) -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 def test_mixed_precision(train: Train, monkeypatch: pytest.MonkeyPatch, normalize: bool) -> None:
     """Ultralytics has bfloat16 on GPUs only; the same autocast runs on a CPU."""
-    seen: set[torch.dtype] = set()
+    seen: dict[str, torch.dtype] = {}
 
     def note(trainer: CWDTrainer) -> None:
-        trainer.adapters[0].register_forward_hook(lambda module, inputs, maps: seen.add(maps.dtype))
+        for name, layer in {"student": trainer.model.model[15].cv2.conv, "adapter": trainer.adapters[0]}.items():
+            layer.register_forward_hook(lambda module, inputs, maps, name=name: seen.update({name: maps.dtype}))
 
     monkeypatch.setattr(
         "ultralytics.engine.trainer.autocast", lambda *a, **k: torch.autocast("cpu", dtype=torch.bfloat16)
     )
     trainer = train(normalize=normalize, callbacks={"on_train_start": note})
-    assert seen == {torch.bfloat16}
+    assert seen == {"student": torch.bfloat16, "adapter": torch.float32}
     assert 0 < rows(trainer)[0]["train/cwd_loss"] < 1e3
     assert {p.dtype for p in trainer.adapters.parameters()} == {torch.float32}
 

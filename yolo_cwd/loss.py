@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from yolo_cwd.fpn import Level, student_features
+from yolo_cwd.parallel import in_parts
 
-LARGEST_PART = 2**21  # elements of a map that are compared at once
+ValueAndGradient = tuple[Tensor, Sequence[Tensor]]
+PART_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}  # of the teacher's maps that are compared at once
 
 
 def channel_wise_divergence(student: Tensor, teacher: Tensor, tau: float = 1.0) -> Tensor:
@@ -42,39 +44,64 @@ def channel_wise_divergence(student: Tensor, teacher: Tensor, tau: float = 1.0) 
 
 
 class _Divergence(torch.autograd.Function):
-    """The divergence with its derivative in closed form, tau * (q - p) / (N C): one saved tensor instead of four.
-
-    It goes through the images in parts, so that what it needs in passing stays small beside that tensor.
-    """
+    """The divergence with its derivative in closed form, tau * (q - p) / (N C): one saved tensor instead of four."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, tau: float) -> Tensor:
-        channels, total = student.shape[0] * student.shape[1], student.new_zeros((), dtype=_dtype(student))
-        gradient = torch.empty_like(student, dtype=_dtype(student)) if ctx.needs_input_grad[0] else None
-        images_at_once = max(1, LARGEST_PART // student[0].numel())
-        for i in range(0, len(student), images_at_once):
-            part = slice(i, i + images_at_once)
-            log_q, log_p = log_distribution(student[part], tau), log_distribution(teacher[part], tau)
-            p = log_p.exp()
-            total += torch.sum(log_p.sub_(log_q).mul_(p))
-            if gradient is not None:
-                torch.sub(log_q.exp_(), p, out=gradient[part].flatten(2))
-        if gradient is not None:
-            ctx.save_for_backward(gradient.mul_(tau / channels))
-            ctx.dtype = student.dtype
-        return total.clamp_min_(0) * (tau**2 / channels)  # rounding can leave -1e-9
+        maps = student.shape[0] * student.shape[1]
+        log_q, log_p = log_distribution(student, tau), log_distribution(teacher, tau)
+        p = log_p.exp()
+        total = log_p.sub_(log_q).mul_(p).sum().clamp_min_(0)  # rounding can leave -1e-9
+        ctx.save_for_backward(log_q.exp_().sub_(p).view(student.shape))
+        ctx.scale, ctx.dtype = tau / maps, student.dtype
+        return total * (tau**2 / maps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        asked_for = upstream != 0  # a term that was dropped for not being finite has no gradient either
-        return torch.where(asked_for, gradient * upstream, 0).to(ctx.dtype), None, None
+        (difference,) = ctx.saved_tensors
+        return (difference * (upstream * ctx.scale)).to(ctx.dtype), None, None
+
+
+class _Known(torch.autograd.Function):
+    """A value in parts, each with its gradient: `value_and_gradient` of some images, for the images together."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, parts: Sequence[tuple[Tensor, Sequence[Tensor]]], maps: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        values, gradients = zip(*parts, strict=True)
+        of_maps, *of_parameters = zip(*gradients, strict=True)
+        ctx.save_for_backward(torch.cat(of_maps), *(torch.stack(g).sum(0) for g in of_parameters))
+        ctx.dtype = maps.dtype
+        return torch.stack(values).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        kept = upstream != 0  # a term that was dropped for not being finite has no gradient either
+        of_maps, *of_parameters = (torch.where(kept, gradient * upstream, 0) for gradient in ctx.saved_tensors)
+        return None, of_maps.to(ctx.dtype), *of_parameters
+
+
+def value_and_gradient(
+    function: Callable[[Tensor], Tensor], maps: Tensor, parameters: Sequence[Tensor]
+) -> ValueAndGradient:
+    """Return a function of maps and of parameters, and its gradient to both, without waiting for backward.
+
+    In float32 whatever the autocast around it: the gradient has no loss scale yet that would keep it in the range of
+    float16.
+    """
+    leaf = maps.detach().to(_dtype(maps)).requires_grad_()
+    with torch.enable_grad(), torch.autocast(maps.device.type, enabled=False):
+        value = function(leaf)
+    return value.detach(), torch.autograd.grad(value, (leaf, *parameters))
 
 
 def log_distribution(maps: Tensor, tau: float) -> Tensor:
     """Return the logarithm of every channel's distribution over the positions, [N, C, HW], of maps [N, C, H, W]."""
-    return F.log_softmax(maps.flatten(2).to(_dtype(maps)) / tau, dim=-1)
+    flat = maps.to(_dtype(maps), memory_format=torch.contiguous_format).flatten(2)
+    return F.log_softmax(flat if tau == 1 else flat / tau, dim=-1)
 
 
 def _dtype(maps: Tensor) -> torch.dtype:
@@ -175,11 +202,36 @@ class CWDLoss:
     def divergences(self, features: Sequence[Tensor], pyramid: Sequence[Tensor]) -> list[Tensor]:
         """Return the unweighted divergence of every distilled level.
 
+        The gradient is taken at once, a few images at a time and on a CPU by the idle cores. What is kept for backward
+        is then of the student's channels, fewer than the teacher's, and what is needed in passing stays small.
+
         Args:
             features: The student's pyramid, one map [N, C, H, W] for each input of its head.
             pyramid: The teacher's.
         """
-        return [channel_wise_divergence(s, t, self.tau) for s, t in self.pairs(features, pyramid)]
+        sides = [(features[level.student_index], pyramid[level.teacher_index]) for level in self.levels]
+        parameters = [list(adapter.parameters()) for adapter in self.adapters]
+        parts = [(i, part) for i, (_, teacher) in enumerate(sides) for part in self._parts(teacher)]
+
+        def compare(numbered: tuple[int, slice]) -> ValueAndGradient:
+            i, part = numbered
+            student, teacher = sides[i][0][part], sides[i][1][part]
+            share = len(student) / len(sides[i][0])
+
+            def divergence(leaf: Tensor) -> Tensor:
+                return share * channel_wise_divergence(*self._compared(i, leaf, teacher), self.tau)
+
+            return value_and_gradient(divergence, student, parameters[i])
+
+        found = in_parts(compare, parts, features[0].device)
+        of_level = [[f for (j, _), f in zip(parts, found, strict=True) if j == i] for i in range(len(sides))]
+        return [_Known.apply(of_level[i], sides[i][0], *parameters[i]) for i in range(len(sides))]
+
+    def _parts(self, maps: Tensor) -> list[slice]:
+        at_once = max(1, PART_ELEMENTS.get(maps.device.type, 2**24) // maps[0].numel())
+        if self.normalize:  # over all images
+            at_once = len(maps)
+        return [slice(i, i + at_once) for i in range(0, len(maps), at_once)]
 
     def pairs(self, features: Sequence[Tensor], pyramid: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the maps of student and teacher [N, C, H, W] that are compared, for every distilled level.
@@ -188,12 +240,12 @@ class CWDLoss:
             features: The student's pyramid, one map for each input of its head.
             pyramid: The teacher's.
         """
-        for level, adapter in zip(self.levels, self.adapters, strict=True):
-            student = adapter(features[level.student_index])
-            teacher = pyramid[level.teacher_index]
-            if self.normalize:
-                student, teacher = standardize(student), standardize(teacher)
-            yield student, teacher
+        for i, level in enumerate(self.levels):
+            yield self._compared(i, features[level.student_index], pyramid[level.teacher_index])
+
+    def _compared(self, i: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        student = self.adapters[i](student)
+        return (standardize(student), standardize(teacher)) if self.normalize else (student, teacher)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the wrapped criterion: end-to-end heads expect `update` once an epoch."""

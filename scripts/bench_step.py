@@ -71,6 +71,8 @@ def steps(words: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     trainers = {arm: make_trainer(arm, words, folder) for arm in ARMS}
     arms: dict[str, Callable[[], Any]] = {f"step: {arm}": step_of(trainer) for arm, trainer in trainers.items()}
+    arms["step: cwd, idle cores left idle"] = on_no_more_cores(arms["step: cwd"])
+    arms["step: cwd-fp32, idle cores left idle"] = on_no_more_cores(arms["step: cwd-fp32"])
     ours = trainers["cwd"]
     images = first_batch(ours)["img"]
 
@@ -81,31 +83,56 @@ def steps(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     headless.save = [i for i in headless.save if i < len(headless.model)]
     arms["teacher: no head"] = lambda: headless(images)
     exact = trainers["cwd-fp32"].teacher
-    contiguous = deepcopy(exact)
-    contiguous.body = contiguous.body.to(memory_format=torch.contiguous_format)
-    arms["teacher: + fused"] = lambda: contiguous.body(images)
-    arms["teacher: + channels_last (fp32)"] = lambda: exact(images)
+    arms["teacher: + fused"] = lambda: exact.body(images)
+    channels_last = images.to(memory_format=torch.channels_last)
+    arms["teacher: + channels_last"] = lambda: exact.body(channels_last)
     low = deepcopy(exact)
     name = "fp16" if images.is_cuda else "bf16"
     low.body, low.precision = low.body.to(DTYPES[name]), Precision(name)
-    arms[f"teacher: + {name}"] = lambda: low(images)
+    arms[f"teacher: + {name}"] = lambda: low.body(channels_last.to(DTYPES[name]))
+    arms["teacher: + idle cores, fp32"] = lambda: exact(images)
+    arms[f"teacher: + idle cores, {name}"] = lambda: low(images)
 
     arms["loss alone"] = loss_alone(ours, images, fused=True)
     arms["loss alone, by autograd"] = loss_alone(ours, images, fused=False)
 
-    seconds = interleaved(arms, words["repeats"], images.device)
+    times = interleaved(arms, words["repeats"], images.device)
+    seconds = {name: median(values) for name, values in times.items()}
     plain, builtin = seconds["step: plain"], seconds["step: builtin"]
     rows = {name: {"seconds": s, "of plain": s / plain, "of builtin": s / builtin} for name, s in seconds.items()}
     show(f"{words['teacher']} -> {words['student']}, {words['imgsz']} px, batch {words['batch']}", rows)
-    forward = seconds["teacher: + channels_last (fp32)"]
-    overhead = 1 - (plain + forward) / seconds["step: cwd-fp32"]
     print(f"\nteacher_dtype=auto chose {ours.teacher.precision}")
-    print(f"beyond the student's own step and the teacher's forward pass: {100 * overhead:.1f} % of the fp32 step")
+    print("beyond the student's own step and the teacher's forward pass, median over the turns:")
+    chosen = ours.teacher.precision.name
+    overhead = {
+        arm: median(
+            1 - (own + forward) / whole_step
+            for own, forward, whole_step in zip(
+                times["step: plain"], times[f"teacher: + idle cores, {dtype}"], times[f"step: {arm}"], strict=True
+            )
+        )
+        for arm, dtype in (("cwd", chosen), ("cwd-fp32", "fp32"))
+    }
+    for arm, share in overhead.items():
+        print(f"  {100 * share:.1f} % of a step of {arm}")
     return {"rows": rows, "overhead": overhead, "precision": ours.teacher.precision._asdict()}
 
 
-def interleaved(arms: dict[str, Callable[[], Any]], repeats: int, device: Any) -> dict[str, float]:
-    """Return the median time of every arm, each warmed up once and then run in turns."""
+def on_no_more_cores(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Let a step think that the machine has but one core."""
+
+    def alone() -> Any:
+        os.environ["LOKY_MAX_CPU_COUNT"] = "1"
+        try:
+            return run()
+        finally:
+            del os.environ["LOKY_MAX_CPU_COUNT"]
+
+    return alone
+
+
+def interleaved(arms: dict[str, Callable[[], Any]], repeats: int, device: Any) -> dict[str, list[float]]:
+    """Return the times of every arm, each warmed up once and then run in turns."""
     from yolo_cwd.teacher import wait_for
 
     times: dict[str, list[float]] = {name: [] for name in arms}
@@ -118,21 +145,17 @@ def interleaved(arms: dict[str, Callable[[], Any]], repeats: int, device: Any) -
             wait_for(device)
             if turn:
                 times[name].append(time.perf_counter() - begin)
-    return {name: median(values) for name, values in times.items()}
+    return times
 
 
 def make_trainer(arm: str, words: dict[str, Any], folder: Path) -> Any:
     """Return a trainer of Ultralytics or ours, ready for its first step."""
-    from ultralytics import YOLO
     from ultralytics.models.yolo.detect import DetectionTrainer
 
     from yolo_cwd import CWDTrainer, digits
 
     data = digits.build(folder, {"train": max(words["batch"], 4), "val": 4})
-    teacher = folder / f"{words['teacher']}.pt"
-    if not teacher.exists():
-        torch.manual_seed(0)
-        YOLO(f"{words['teacher']}.yaml").save(teacher)
+    teacher = teacher_checkpoint(words, folder)
     overrides = {
         "model": f"{words['student']}.yaml",
         "data": str(data),
@@ -159,6 +182,17 @@ def make_trainer(arm: str, words: dict[str, Any], folder: Path) -> Any:
     trainer.epoch = 0
     trainer.run_callbacks("on_train_epoch_start")
     return trainer
+
+
+def teacher_checkpoint(words: dict[str, Any], folder: Path) -> Path:
+    """Return the checkpoint of the teacher, which another process may have made, or make one."""
+    from ultralytics import YOLO
+
+    path = Path(words["teacher"]) if words["teacher"].endswith(".pt") else folder / f"{words['teacher']}.pt"
+    if not path.exists():
+        torch.manual_seed(0)
+        YOLO(f"{words['teacher']}.yaml").save(path)
+    return path
 
 
 def first_batch(trainer: Any) -> dict[str, Any]:
@@ -210,7 +244,8 @@ def scaling(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     for batch, size in points:
         trainer = make_trainer("cwd", {**words, "batch": batch, "imgsz": size}, folder / f"{batch}-{size}")
         arms[f"{batch} x {size} px"] = step_of(trainer)
-    seconds = interleaved(arms, words["repeats"], trainer.device)
+    times = interleaved(arms, words["repeats"], trainer.device)
+    seconds = {name: median(values) for name, values in times.items()}
     x = torch.tensor([[1.0, math.log(b), 2 * math.log(s)] for b, s in points], dtype=torch.float64)
     y = torch.tensor([[math.log(t)] for t in seconds.values()], dtype=torch.float64)
     _, a, b = torch.linalg.lstsq(x, y).solution.flatten().tolist()
@@ -222,7 +257,8 @@ def scaling(words: dict[str, Any], folder: Path) -> dict[str, Any]:
 def memory(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the peak memory of a process that makes a few steps of one arm, for every arm."""
     rows = {}
-    kept = [f"{k}={v}" for k, v in words.items() if k not in {"part", "arm", "json"}]
+    kept = {**words, "teacher": teacher_checkpoint(words, folder), "smoke": False}
+    kept = [f"{k}={v}" for k, v in kept.items() if k not in {"part", "arm", "json"}]
     for arm in ARMS:
         command = [sys.executable, __file__, "part=arm", f"arm={arm}", *kept]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -273,7 +309,7 @@ def starts(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     times: dict[str, list[float]] = {"plain": [], "cwd": []}
     for turn in range(words["repeats"] + 1):
         for arm, seconds in times.items():
-            more = [f"teacher={folder / words['teacher']}.pt"] if arm == "cwd" else []
+            more = [f"teacher={teacher_checkpoint(words, folder)}"] if arm == "cwd" else []
             place = [f"project={folder / 'starts'}"]
             environment = {**os.environ, "BEGIN": str(time.time())}
             command = [sys.executable, "-c", START, arm, *common, *more, *place]

@@ -235,13 +235,14 @@ def test_a_copied_student_takes_the_plain_criterion_along(criterion: CWDLoss) ->
     assert type(deepcopy(student).criterion) is Detection
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradient_in_parts_is_that_of_the_whole(
-    workers: int, normalize: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    cores: int, normalize: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel, "workers", lambda device: workers)
+    monkeypatch.setattr(parallel, "cores", lambda device: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setitem(loss_module.PART_ELEMENTS, "cpu", 2 * 6 * 8 * 8)  # two of the five images
     feature, teacher = maps(5, 3, 8, 8, seed=30, dtype=dtype), maps(5, 6, 8, 8, seed=31)
     adapter = nn.Conv2d(3, 6, 1, bias=False)

@@ -66,7 +66,8 @@ def test_images_that_go_through_in_parts(count: int, pixels: int, monkeypatch: p
     expected = teacher.body(images)
     monkeypatch.setattr(teacher_module, "PART_PIXELS", pixels)
     for module in (parallel, teacher_module):
-        monkeypatch.setattr(module, "workers", lambda device: count)
+        monkeypatch.setattr(module, "cores", lambda device: count)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     with torch.autocast("cpu", torch.bfloat16):
         maps = teacher(images)
     torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-6)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Work on a CPU that is shared out to the cores which the training leaves idle.
+"""Work on a CPU in parts, with a core for each: also the cores that the training leaves idle.
 
-Ultralytics calculates with one thread fewer than there are cores, and with eight at most. The images of a batch do not
-depend on each other in the teacher, nor do the levels in the loss: as many parts are worked on at once as there are
-idle cores for. Each has its threads to itself, so that a core which is busy after all holds up one part, where threads
-that share every layer would all wait for the last at each.
+Ultralytics calculates with one thread fewer than there are cores, and with eight at most; all of them share every layer
+and wait for the last one at each. The images of a batch do not depend on each other in the teacher, nor in the loss. So
+they can have a core each, and one that is busy with something else holds up its own part only.
 """
 
 from __future__ import annotations
@@ -23,19 +22,21 @@ Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 
-def workers(device: torch.device) -> int:
-    """Return how many parts can be worked on at once, each with as many threads as torch is set to use."""
-    if device.type != "cpu":
-        return 1
+def cores(device: torch.device) -> int:
+    """Return how many parts can be worked on at once; 1 on anything but a CPU."""
     processes = int(os.getenv("LOCAL_WORLD_SIZE", "1"))  # of this training on this machine
-    return max(1, int(joblib.cpu_count()) // (processes * torch.get_num_threads()))
+    return max(1, int(joblib.cpu_count()) // processes) if device.type == "cpu" else 1
 
 
 def in_parts(work: Callable[[Part], Result], parts: Sequence[Part], device: torch.device) -> list[Result]:
-    """Return `work(part)` of every part, in their order; the calling thread takes its share.
+    """Return `work(part)` of every part, in their order.
 
-    Modes of torch that hold for a thread alone, such as `no_grad` and `autocast`, are up to `work`.
+    One after the other, each with all threads of torch, unless more cores than that can have a part each. Modes that
+    hold for a thread alone, such as `no_grad` and `autocast`, are up to `work`.
     """
+    at_once, threads = min(len(parts), available := cores(device)), torch.get_num_threads()
+    if at_once <= threads:
+        return [work(part) for part in parts]
     waiting = deque(enumerate(parts))
 
     def take() -> dict[int, Result]:
@@ -47,15 +48,18 @@ def in_parts(work: Callable[[Part], Result], parts: Sequence[Part], device: torc
                 return done
             done[number] = work(part)
 
-    helpers = min(len(parts), workers(device)) - 1
-    others = [_threads(helpers).submit(take) for _ in range(helpers)]
-    done = take()
-    for other in others:
-        done |= other.result()
+    torch.set_num_threads(1)  # of the calling thread, which is one of them
+    try:
+        others = [_helpers(available - 1).submit(take) for _ in range(at_once - 1)]
+        done = take()
+        for other in others:
+            done |= other.result()
+    finally:
+        torch.set_num_threads(threads)
     return [done[number] for number in range(len(parts))]
 
 
 @cache
-def _threads(count: int) -> ThreadPoolExecutor:
+def _helpers(count: int) -> ThreadPoolExecutor:
     """Return threads that are kept: the memory of a new one is cold."""
-    return ThreadPoolExecutor(count)
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))

@@ -22,7 +22,7 @@ from ultralytics.utils.checks import check_model_file_from_stem
 
 from yolo_cwd.config import ConfigError, first_line
 from yolo_cwd.fpn import pyramid_taps
-from yolo_cwd.parallel import in_parts, workers
+from yolo_cwd.parallel import cores, in_parts
 
 LETTERBOX_GRAY = 114 / 255  # the value Ultralytics pads its images with
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,7 +30,7 @@ MAX_ERROR = 0.02  # the largest relative error of a feature map that counts as f
 WORTHWHILE = 0.9  # a lower precision is chosen if it takes at most this share of float32's time
 TRIALS = 2  # timed passes, after one that is not
 TRIAL_SIZE = 192  # pixels of the longer side on a CPU
-PART_PIXELS = 2**18  # of the images that go through the teacher at once on a CPU: 2 of 320 x 320
+PART_PIXELS = 2**18  # of the images that a core of a CPU takes through the teacher at once: 2 of 320 x 320
 
 
 class Precision(NamedTuple):
@@ -178,11 +178,12 @@ def _trial_images(images: Tensor) -> Tensor:
 
 
 def _parts(images: Tensor) -> Sequence[Tensor]:
-    """Split a batch on a CPU: for the idle cores, and so that what a part needs in passing stays small."""
+    """Split a batch on a CPU: for the cores, and so that what a part needs in passing stays small."""
     if not images.is_cpu:
         return [images]
-    share = math.ceil(len(images) / workers(images.device))
-    return torch.split(images, max(1, min(share, PART_PIXELS // images[0, 0].numel())))
+    threads, at_once = torch.get_num_threads(), max(1, PART_PIXELS // images[0, 0].numel())
+    shares = torch.split(images, min(at_once, math.ceil(len(images) / cores(images.device))))
+    return shares if len(shares) > threads else torch.split(images, threads * at_once)
 
 
 def _lower_precisions(device: torch.device) -> list[str]:

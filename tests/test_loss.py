@@ -277,3 +277,15 @@ def test_backward_of_a_level_needs_a_map_of_the_students_channels() -> None:
     assert [x.shape for x in term.grad_fn.saved_tensors] == [features[0].shape, adapters[0].weight.shape]
     inputs = [node for node, _ in term.grad_fn.next_functions if node is not None]
     assert {type(node).__name__ for node in inputs} == {"AccumulateGrad"}  # nothing of the adapters' graph is kept
+
+
+def test_adapters_that_are_not_trained() -> None:
+    feature = maps(2, 3, 8, 8, seed=34).requires_grad_()
+    adapters = nn.ModuleList([nn.Conv2d(3, 12, 1, bias=False).requires_grad_(False)])
+    (term,) = CWDLoss(Detection(), adapters, [Level("P3", 8, 0, 0, 3, 12)]).divergences(
+        [feature], [maps(2, 12, 8, 8, seed=35)]
+    )
+    term.backward()
+    assert feature.grad is not None
+    assert feature.grad.abs().sum() > 0
+    assert adapters[0].weight.grad is None

@@ -144,7 +144,7 @@ class CWDLoss:
 
         Args:
             criterion: Callable that takes (predictions, batch) and returns the loss vector and its items by name.
-            adapters: One module for each level, from student to teacher channels.
+            adapters: One module for each level, from student to teacher channels; they see a few images at a time.
             levels: The distilled levels, finest first.
             level_weights: One weight for each level; 1 for all by default.
             tau: Temperature of the softmax.
@@ -210,7 +210,7 @@ class CWDLoss:
             pyramid: The teacher's.
         """
         sides = [(features[level.student_index], pyramid[level.teacher_index]) for level in self.levels]
-        parameters = [list(adapter.parameters()) for adapter in self.adapters]
+        parameters = [[p for p in adapter.parameters() if p.requires_grad] for adapter in self.adapters]
         parts = [(i, part) for i, (_, teacher) in enumerate(sides) for part in self._parts(teacher)]
 
         def compare(numbered: tuple[int, slice]) -> ValueAndGradient:

@@ -83,7 +83,8 @@ def steps(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     headless.save = [i for i in headless.save if i < len(headless.model)]
     arms["teacher: no head"] = lambda: headless(images)
     exact = trainers["cwd-fp32"].teacher
-    arms["teacher: + fused"] = lambda: exact.body(images)
+    contiguous = deepcopy(exact.body).to(memory_format=torch.contiguous_format)  # on a GPU it is channels-last
+    arms["teacher: + fused"] = lambda: contiguous(images)
     channels_last = images.to(memory_format=torch.channels_last)
     arms["teacher: + channels_last"] = lambda: exact.body(channels_last)
     low = deepcopy(exact)
@@ -257,8 +258,8 @@ def scaling(words: dict[str, Any], folder: Path) -> dict[str, Any]:
 def memory(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the peak memory of a process that makes a few steps of one arm, for every arm."""
     rows = {}
-    kept = {**words, "teacher": teacher_checkpoint(words, folder), "smoke": False}
-    kept = [f"{k}={v}" for k, v in kept.items() if k not in {"part", "arm", "json"}]
+    settings = {**words, "teacher": teacher_checkpoint(words, folder), "smoke": False}
+    kept = [f"{k}={v}" for k, v in settings.items() if k not in {"part", "arm", "json"}]
     for arm in ARMS:
         command = [sys.executable, __file__, "part=arm", f"arm={arm}", *kept]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -306,10 +307,11 @@ def starts(words: dict[str, Any], folder: Path) -> dict[str, Any]:
         f"{name}={getattr(trainer.args, name)}"
         for name in ("model", "data", "imgsz", "batch", "device", "amp", "workers", "plots")
     ]
+    teacher = teacher_checkpoint(words, folder)
     times: dict[str, list[float]] = {"plain": [], "cwd": []}
     for turn in range(words["repeats"] + 1):
         for arm, seconds in times.items():
-            more = [f"teacher={teacher_checkpoint(words, folder)}"] if arm == "cwd" else []
+            more = [f"teacher={teacher}"] if arm == "cwd" else []
             place = [f"project={folder / 'starts'}"]
             environment = {**os.environ, "BEGIN": str(time.time())}
             command = [sys.executable, "-c", START, arm, *common, *more, *place]

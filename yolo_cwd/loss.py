@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from yolo_cwd.fpn import Level, student_features
 from yolo_cwd.parallel import in_parts
 
 ValueAndGradient = tuple[Tensor, Sequence[Tensor]]
-PART_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}  # of the teacher's maps that are compared at once
+PART_ELEMENTS = defaultdict(lambda: 2**24, cpu=2**19)  # of the teacher's maps that are compared at once, by device
 
 
 def channel_wise_divergence(student: Tensor, teacher: Tensor, tau: float = 1.0) -> Tensor:
@@ -211,10 +213,10 @@ class CWDLoss:
         """
         sides = [(features[level.student_index], pyramid[level.teacher_index]) for level in self.levels]
         parameters = [[p for p in adapter.parameters() if p.requires_grad] for adapter in self.adapters]
-        parts = [(i, part) for i, (_, teacher) in enumerate(sides) for part in self._parts(teacher)]
+        parts = [self._parts(teacher) for _, teacher in sides]
 
-        def compare(numbered: tuple[int, slice]) -> ValueAndGradient:
-            i, part = numbered
+        def compare(part_of_level: tuple[int, slice]) -> ValueAndGradient:
+            i, part = part_of_level
             student, teacher = sides[i][0][part], sides[i][1][part]
             share = len(student) / len(sides[i][0])
 
@@ -223,14 +225,16 @@ class CWDLoss:
 
             return value_and_gradient(divergence, student, parameters[i])
 
-        found = in_parts(compare, parts, features[0].device)
-        of_level = [[f for (j, _), f in zip(parts, found, strict=True) if j == i] for i in range(len(sides))]
-        return [_Known.apply(of_level[i], sides[i][0], *parameters[i]) for i in range(len(sides))]
+        numbered = [(i, part) for i, of_level in enumerate(parts) for part in of_level]
+        found = iter(in_parts(compare, numbered, features[0].device))
+        return [
+            _Known.apply(list(islice(found, len(of_level))), student, *trained)
+            for of_level, (student, _), trained in zip(parts, sides, parameters, strict=True)
+        ]
 
     def _parts(self, maps: Tensor) -> list[slice]:
-        at_once = max(1, PART_ELEMENTS.get(maps.device.type, 2**24) // maps[0].numel())
-        if self.normalize:  # over all images
-            at_once = len(maps)
+        some = max(1, PART_ELEMENTS[maps.device.type] // maps[0].numel())
+        at_once = len(maps) if self.normalize else some  # standardized over all images
         return [slice(i, i + at_once) for i in range(0, len(maps), at_once)]
 
     def pairs(self, features: Sequence[Tensor], pyramid: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

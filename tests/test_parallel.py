@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(("machine", "processes", "expected"), [(2, 1, 2), (8, 4, 2), (1, 2, 1)])
 def test_cores(machine: int, processes: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joblib, "cpu_count", lambda: machine)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(parallel, "WORLD_SIZE_HERE", processes)
     assert cores(CPU) == expected
     assert cores(torch.device("cuda")) == 1
 

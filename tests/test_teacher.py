@@ -114,6 +114,18 @@ def test_calibration_keeps_to_what_is_faithful(monkeypatch: pytest.MonkeyPatch) 
     assert calibrated("auto", monkeypatch, {"bf16"}).precision == Precision("fp32")
 
 
+@pytest.mark.parametrize(
+    ("device", "given", "tried"),
+    [
+        pytest.param("cpu", (1, 3, 640, 480), (1, 3, 192, 144), id="small on a CPU"),
+        pytest.param("cpu", (2, 3, 64, 64), (2, 3, 64, 64), id="small as it is"),
+        pytest.param("meta", (1, 3, 640, 480), (8, 3, 640, 480), id="enough to keep a GPU busy"),
+    ],
+)
+def test_images_that_precisions_are_tried_on(device: str, given: tuple[int, ...], tried: tuple[int, ...]) -> None:
+    assert teacher_module._trial_images(torch.empty(given, device=device)).shape == tried
+
+
 def test_float16_that_overflows() -> None:
     model = DetectionModel("yolov8n.yaml", verbose=False)
     with torch.no_grad():

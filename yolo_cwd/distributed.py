@@ -32,6 +32,7 @@ from ultralytics.utils.torch_utils import get_torch_device_backend, parse_device
 from yolo_cwd.config import ConfigError
 
 WORLD_SIZE = int(os.getenv("WORLD_SIZE", "1"))
+WORLD_SIZE_HERE = int(os.getenv("LOCAL_WORLD_SIZE", "1"))  # on this machine
 TIMEOUT = timedelta(minutes=30)  # how long the others wait for a process that is silent but has not ended
 LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "socket", "nccl")
 
@@ -124,15 +125,14 @@ def join(device: Any) -> str:
     chosen: str = parse_device(device)
     if RANK == -1 or chosen.startswith(("npu", "xpu")):  # Ultralytics joins the processes of those itself
         return chosen
-    here = int(os.getenv("LOCAL_WORLD_SIZE", "1"))
     if not chosen:
-        chosen = ",".join(map(str, range(here))) if torch.cuda.is_available() else "cpu"
+        chosen = ",".join(map(str, range(WORLD_SIZE_HERE))) if torch.cuda.is_available() else "cpu"
     if chosen != "cpu":
         gpus, has = chosen.split(","), torch.cuda.device_count()
-        if len(gpus) < here or not all(gpu.isdecimal() and int(gpu) < has for gpu in gpus):
+        if len(gpus) < WORLD_SIZE_HERE or not all(gpu.isdecimal() and int(gpu) < has for gpu in gpus):
             raise ConfigError(
-                f"device={chosen}: the {here} processes on this machine need a GPU each, and it has {has}; start "
-                f"fewer processes, or give device=cpu"
+                f"device={chosen}: the {WORLD_SIZE_HERE} processes on this machine need a GPU each, and it has {has}; "
+                f"start fewer processes, or give device=cpu"
             )
         torch.cuda.set_device(int(gpus[LOCAL_RANK]))
     if not dist.is_initialized():

@@ -8,7 +8,6 @@ they can have a core each, and one that is busy with something else holds up its
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +17,15 @@ from typing import TypeVar
 import joblib
 import torch
 
+from yolo_cwd.distributed import WORLD_SIZE_HERE
+
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 
 def cores(device: torch.device) -> int:
     """Return how many parts can be worked on at once; 1 on anything but a CPU."""
-    processes = int(os.getenv("LOCAL_WORLD_SIZE", "1"))  # of this training on this machine
-    return max(1, int(joblib.cpu_count()) // processes) if device.type == "cpu" else 1
+    return max(1, int(joblib.cpu_count()) // WORLD_SIZE_HERE) if device.type == "cpu" else 1
 
 
 def in_parts(work: Callable[[Part], Result], parts: Sequence[Part], device: torch.device) -> list[Result]:

@@ -195,15 +195,13 @@ class CWDTrainer(distributed.ProcessTrainer):
                 self.add_callback("on_train_epoch_end", plots.show_first_epoch)
 
     def _calibrate_teacher(self) -> None:
-        wanted, images, first = self.cwd.teacher_dtype, self._validation_image(), RANK in {-1, 0}
-        if self.device.type != "cpu":  # a single image would not keep a GPU busy
-            images = images.expand(max(1, self.batch_size // distributed.WORLD_SIZE), -1, -1, -1)
+        wanted, image, first = self.cwd.teacher_dtype, self._validation_image(), RANK in {-1, 0}
         if first or wanted != "auto":
-            self.teacher.calibrate(wanted, images)
+            self.teacher.calibrate(wanted, image)
         if wanted == "auto":  # the first process chooses for all
             chosen = distributed.agree(self.teacher.precision.name)
             if not first:
-                self.teacher.calibrate(chosen, images)
+                self.teacher.calibrate(chosen, image)
 
     def _begin_epoch(self) -> None:
         assert self.criterion is not None

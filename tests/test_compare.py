@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from ultralytics import YOLO
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.nn.tasks import DetectionModel
 
 from yolo_cwd import compare
 from yolo_cwd.compare import Comparison, parse_arms, parse_seeds
 from yolo_cwd.config import ConfigError
+from yolo_cwd.report import read_rows
 from yolo_cwd.summary import as_text, paired_interval, summarize, table, write_summary
 
 SHORT = {"imgsz": 64, "batch": 4, "epochs": 1, "plots": False, "device": "cpu", "amp": False, "verbose": False}
@@ -122,6 +127,85 @@ def test_a_killed_comparison_goes_on_and_trains_nothing_twice(
     assert trained == ["plain-0", "cwd-0", "plain-1", "killed", "cwd-1"]
     with pytest.raises(ConfigError, match="holds another comparison"):
         compare.run({**words, "arms": "plain,cwd", "epochs": 2})
+
+
+def epochs_of(run: Path) -> list[str]:
+    return [row.split(",")[0].strip() for row in (run / "results.csv").read_text().splitlines()[1:]]
+
+
+@pytest.mark.parametrize("method", compare.METHODS)
+def test_a_killed_run_goes_on_from_its_last_epoch(
+    method: str, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the third epoch of four, when its row has been written and its checkpoint has not."""
+    save_model = BaseTrainer.save_model
+
+    def killed(trainer: BaseTrainer) -> Any:
+        if trainer.epoch == 2 and not trainer.resume:
+            raise KeyboardInterrupt
+        return save_model(trainer)
+
+    monkeypatch.setattr(BaseTrainer, "save_model", killed)
+    words |= {"arms": method, "seeds": [3], "epochs": 4, "cos_lr": True, "levels": "P3,P4"}
+    with pytest.raises(KeyboardInterrupt):
+        compare.run(words)
+    run = Path(words["folder"]) / "runs" / f"{method}-3"
+    assert epochs_of(run) == ["1", "2", "3"]
+    before = compare._seconds(read_rows(run / "results.csv")[:2])
+    begun: list[int] = []
+    monkeypatch.setattr(BaseTrainer, "save_model", lambda trainer: begun.append(trainer.epoch) or save_model(trainer))
+    compare.run(words)
+    found = json.loads((run.parents[1] / "results" / f"{method}-3.json").read_text())
+    assert begun == [2, 3]
+    assert epochs_of(run) == ["1", "2", "3", "4"]
+    assert len(found["curve"]) == 4
+    assert found["seconds"] > before > 0
+    arguments = yaml.safe_load((run / "args.yaml").read_text())
+    assert (arguments["seed"], arguments["cos_lr"], arguments["epochs"]) == (3, True, 4)
+    assert (arguments["distill_model"] is not None) == (method == "builtin")
+    assert (run / "cwd.yaml").exists() == (method == "cwd")
+
+
+@pytest.mark.parametrize("stripped", [True, False])
+@pytest.mark.parametrize("method", compare.METHODS)
+def test_a_run_killed_before_it_was_scored_is_not_trained_again(
+    method: str, stripped: bool, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    words |= {"arms": method, "seeds": [3], "epochs": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(*((compare, "score") if stripped else (BaseTrainer, "final_eval")), killed)
+        patch.setattr(compare, "score_teacher", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            compare.run(words)
+    monkeypatch.setattr(compare, "_trainer", None)
+    compare.run(words)
+    found = json.loads((Path(words["folder"]) / "results" / f"{method}-3.json").read_text())
+    assert len(found["curve"]) == 2
+    assert found["seconds"] > 0
+    assert type(YOLO(found["weights"]).model) is DetectionModel
+
+
+@pytest.mark.parametrize("change", [{"epochs": 1}, {"time": 1}, {"save_dir": "elsewhere"}, None])
+def test_what_a_killed_run_cannot_go_on_from(change: dict[str, Any] | None, tmp_path: Path) -> None:
+    last = tmp_path / "weights" / "last.pt"
+    assert compare._left_by_a_kill(tmp_path) is None
+    last.parent.mkdir()
+    (tmp_path / "results.csv").write_text("epoch,time\n1,2.5\n2,4\n")
+    arguments = {"epochs": 5, "time": None, "save_dir": str(tmp_path), **(change or {})}
+    torch.save({"epoch": 0, "model": DetectionModel("yolov8n.yaml", verbose=False), "train_args": arguments}, last)
+    if not change:
+        assert compare._left_by_a_kill(tmp_path) == (2.5, False)
+        last.write_bytes(last.read_bytes()[:-1000])  # torn
+    assert compare._left_by_a_kill(tmp_path) == ((2.5, True) if change == {"epochs": 1} else None)
+
+
+def test_time_of_a_run_that_was_resumed_twice() -> None:
+    rows = [{"time": t} for t in (1.0, 2.0, 3.5, 1.0, 2.5, 0.5)]
+    assert compare._seconds(rows) == 3.5 + 2.5 + 0.5
+    assert compare._seconds([]) == 0
 
 
 def _work(words: dict[str, Any]) -> None:

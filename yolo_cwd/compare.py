@@ -4,7 +4,7 @@
 Every arm (a named set of options) is trained with every seed under the same schedule and data, into one folder:
 
     comparison.yaml            what is compared; the same words again go on where they were interrupted
-    runs/<arm>-<seed>/         one Ultralytics run each
+    runs/<arm>-<seed>/         one Ultralytics run each; one that was killed goes on from its last epoch
     results/<arm>-<seed>.json  its scores, written when the run is complete; results/teacher.json for the teacher
     locks/                     one lock a run; the operating system frees it when its process dies
     summary.* and *.png        see summary.py
@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -31,8 +32,9 @@ from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg, get_save_dir, smart_value
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, colorstr
-from ultralytics.utils.torch_utils import parse_device
+from ultralytics.utils.torch_utils import parse_device, strip_optimizer
 
 from yolo_cwd import digits
 from yolo_cwd.config import (
@@ -45,7 +47,7 @@ from yolo_cwd.config import (
     unusable_data,
 )
 from yolo_cwd.report import SCORE, read_rows
-from yolo_cwd.state import write_whole
+from yolo_cwd.state import drop_rows_after, write_whole
 from yolo_cwd.summary import as_text, table, write_summary
 from yolo_cwd.teacher import load_teacher
 from yolo_cwd.trainer import EXTRA_ARGUMENTS, CWDTrainer, refuse_unsupported, student_path
@@ -293,24 +295,72 @@ def _progress(comparison: Comparison, name: str) -> str:
 
 
 def train_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
-    """Train one arm with one seed from the start, and return its scores, its curve and its time."""
+    """Train one arm with one seed, and return its scores, its curve and its time."""
     folder = comparison.folder / "runs" / _name(arm, seed)
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
-    options, arguments = split_options({**comparison.arguments, **arm.arguments})
+    words = {**comparison.arguments, **arm.arguments}
     place = {"seed": seed, "project": str(folder.parent), "name": folder.name, "exist_ok": True}
-    overrides = {**arguments, **place}
-    if arm.method == "cwd":
-        trainer = CWDTrainer(overrides={**overrides, **options, "teacher": comparison.teacher})
-    else:
-        builtin = {"distill_model": comparison.teacher} if arm.method == "builtin" else {}
-        trainer = DetectionTrainer(overrides={**overrides, **builtin})
+    seconds = _train(arm.method, comparison.teacher, {**words, **place}, folder)
+    weights = next(file for file in _checkpoints(folder) if file.exists())
+    scores = score(weights, comparison.arguments, comparison.split, folder)
+    curve = [row[SCORE] for row in read_rows(folder / "results.csv")] if words.get("val", True) else []
+    return {"arm": arm.name, "seed": seed, "seconds": seconds, "weights": str(weights), **scores, "curve": curve}
+
+
+def _train(method: str, teacher: str, words: dict[str, Any], folder: Path) -> float:
+    """Make a run, or what a kill has left to do of it, and return the seconds it has taken in all."""
+    left = _left_by_a_kill(folder)
+    if left is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif left.complete:
+        for file in filter(Path.exists, _checkpoints(folder)):
+            strip_optimizer(file)
+        return left.seconds
+    trainer = _trainer(method, teacher, {"resume": str(folder / "weights" / "last.pt")} if left else words)
     begin = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - begin
-    weights = trainer.best if trainer.best.exists() else trainer.last
-    scores = score(weights, comparison.arguments, comparison.split, folder)
-    curve = [row[SCORE] for row in read_rows(trainer.csv)] if trainer.args.val else []
-    return {"arm": arm.name, "seed": seed, "seconds": seconds, "weights": str(weights), **scores, "curve": curve}
+    return time.perf_counter() - begin + (left.seconds if left else 0.0)
+
+
+def _trainer(method: str, teacher: str, words: dict[str, Any]) -> Any:
+    if method == "cwd":
+        return CWDTrainer(overrides={**words, "teacher": teacher})
+    _, arguments = split_options(words)
+    return DetectionTrainer(overrides={**arguments, **({"distill_model": teacher} if method == "builtin" else {})})
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [folder / "weights" / name for name in ("best.pt", "last.pt")]
+
+
+class Left(NamedTuple):
+    """What a killed run has left: the seconds its complete epochs have taken, and whether those are all."""
+
+    seconds: float
+    complete: bool
+
+
+def _left_by_a_kill(folder: Path) -> Left | None:
+    """Return what a run has left that was killed in training or before it was scored, or None if it has to begin.
+
+    It begins again if the checkpoint is torn (Ultralytics writes it in place), or was made in another place, where the
+    rest would go to, or under a limit of time, which would begin anew.
+    """
+    try:
+        checkpoint = load_checkpoint(folder / "weights" / "last.pt")[1]
+        epoch, arguments = checkpoint["epoch"] + 1, checkpoint["train_args"]
+        complete = epoch in {0, arguments["epochs"]}  # Ultralytics numbers a stripped one -1
+        if not complete and (arguments["save_dir"] != str(folder) or arguments["time"]):
+            return None
+        drop_rows_after(folder / "results.csv", epoch or arguments["epochs"])
+        return Left(_seconds(read_rows(folder / "results.csv")), complete)
+    except Exception:
+        return None
+
+
+def _seconds(rows: list[dict[str, float]]) -> float:
+    """Return the time of all epochs in `results.csv`, whose clock starts anew where a run was resumed."""
+    times = [row["time"] for row in rows]
+    return sum(now for now, following in pairwise([*times, 0.0]) if following < now)
 
 
 def score(weights: Path | str, arguments: dict[str, Any], split: str, folder: Path) -> dict[str, Any]:

@@ -125,8 +125,47 @@ def test_a_killed_comparison_goes_on_and_trains_nothing_twice(
         compare.run({**words, "arms": "plain,cwd"})
     compare.run({**words, "arms": "plain,cwd"})
     assert trained == ["plain-0", "cwd-0", "plain-1", "killed", "cwd-1"]
-    with pytest.raises(ConfigError, match="holds another comparison"):
-        compare.run({**words, "arms": "plain,cwd", "epochs": 2})
+
+
+def test_arms_and_seeds_are_added_to_a_comparison(words: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+
+    def train_arm(comparison: Comparison, arm: compare.Arm, seed: int) -> dict[str, Any]:
+        trained.append(f"{arm.name}-{seed}")
+        return result(arm.name, seed, 0.1)
+
+    monkeypatch.setattr(compare, "train_arm", train_arm)
+    compare.run({**words, "arms": "plain,cwd", "seeds": 2})
+    summary = compare.run({**words, "arms": "cwd,cwd:tau=2", "seeds": (1, 4)})
+    assert trained == ["plain-0", "cwd-0", "plain-1", "cwd-1", "cwd_tau=2-1", "cwd-4", "cwd_tau=2-4"]
+    assert {name: arm["seeds"] for name, arm in summary["arms"].items()} == {
+        "plain": [0, 1],
+        "cwd": [0, 1, 4],
+        "cwd_tau=2": [1, 4],
+    }
+    assert summary["comparison"]["seeds"] == [0, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "differing"),
+    [
+        pytest.param({"epochs": 2}, "epochs", id="another value"),
+        pytest.param({"cos_lr": True, "split": "train"}, "cos_lr, split", id="left out before"),
+        pytest.param({"arms": {"plain": {}, "cwd": {"tau": 2.0}}}, "arm cwd", id="an arm of the same name"),
+    ],
+)
+def test_what_cannot_be_added_to_a_comparison(
+    change: dict[str, Any], differing: str, words: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "train_arm", lambda comparison, arm, seed: result(arm.name, seed, 0.1))
+    compare.run({**words, "arms": "plain,cwd"})
+    before = (Path(words["folder"]) / "comparison.yaml").read_text()
+    if "arms" in change:
+        (tmp_path / "arms.yaml").write_text(yaml.safe_dump(change["arms"]))
+        change = {"arms": str(tmp_path / "arms.yaml")}
+    with pytest.raises(ConfigError, match=f"holds a comparison with other {differing}; give another folder="):
+        compare.run({**words, "arms": "plain,cwd", **change})
+    assert (Path(words["folder"]) / "comparison.yaml").read_text() == before
 
 
 def epochs_of(run: Path) -> list[str]:
@@ -287,7 +326,8 @@ def test_table_and_files(tmp_path: Path) -> None:
     for r in RESULTS:
         (tmp_path / "results" / f"{r['arm']}-{r['seed']}.json").write_text(json.dumps(r))
     (tmp_path / "results" / "teacher.json").write_text(json.dumps(TEACHER))
-    summary = write_summary(tmp_path, {"arms": {"plain": {}, "cwd": {}}})
+    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump({"arms": {"plain": {}, "cwd": {}}}, sort_keys=False))
+    summary = write_summary(tmp_path)
     shown = as_text(table(summary)).splitlines()
     assert shown[1].split() == ["teacher", "41.0", "60.0"]
     assert shown[3].split() == ["cwd", "3", "34.0", "1.0", "68.0", "+3.0", "+0.5", "to", "+5.5", "30%", "1.20x"]

@@ -3,7 +3,8 @@
 
 Every arm (a named set of options) is trained with every seed under the same schedule and data, into one folder:
 
-    comparison.yaml            what is compared; the same words again go on where they were interrupted
+    comparison.yaml            what is compared; the same words again go on where they were interrupted, and other arms
+                               and seeds are added to it
     runs/<arm>-<seed>/         one Ultralytics run each; one that was killed goes on from its last epoch
     results/<arm>-<seed>.json  its scores, written when the run is complete; results/teacher.json for the teacher
     locks/                     one lock a run; the operating system frees it when its process dies
@@ -48,7 +49,7 @@ from yolo_cwd.config import (
 )
 from yolo_cwd.report import SCORE, read_rows
 from yolo_cwd.state import drop_rows_after, write_whole
-from yolo_cwd.summary import as_text, table, write_summary
+from yolo_cwd.summary import RECORD, as_text, table, write_summary
 from yolo_cwd.teacher import load_teacher
 from yolo_cwd.trainer import EXTRA_ARGUMENTS, CWDTrainer, refuse_unsupported, student_path
 
@@ -231,7 +232,7 @@ def run(words: dict[str, Any]) -> dict[str, Any]:
     while waiting := [(arm, seed) for arm, seed in comparison.runs() if not _done(comparison, arm, seed)]:
         if not any(_train_if_free(comparison, arm, seed) for arm, seed in waiting):
             time.sleep(POLL_SECONDS)  # other processes have all that is left: wait, one of them may die
-    summary = write_summary(comparison.folder, comparison.record())
+    summary = write_summary(comparison.folder)
     print(f"\n{as_text(table(summary))}\n\n{summary['verdict']}\nSummary and pictures: {comparison.folder}")
     return summary
 
@@ -245,15 +246,26 @@ def _done(comparison: Comparison, arm: Arm, seed: int) -> bool:
 
 
 def _claim_folder(comparison: Comparison) -> None:
-    file = comparison.folder / "comparison.yaml"
-    record = json.loads(json.dumps(comparison.record()))
-    if file.exists():
-        if yaml.safe_load(file.read_text(encoding="utf-8")) != record:
-            raise ConfigError(f"folder={comparison.folder}: holds another comparison; give another folder=")
-        return
+    """Make the folder, or add new arms and seeds to the comparison that it holds."""
     for name in ("runs", "results", "locks"):
         (comparison.folder / name).mkdir(parents=True, exist_ok=True)
-    write_whole(file, yaml.safe_dump(record, sort_keys=False))
+    file, ours = comparison.folder / RECORD, json.loads(json.dumps(comparison.record()))
+    with _locked(comparison, "comparison", wait=True):
+        if file.exists():
+            theirs = yaml.safe_load(file.read_text(encoding="utf-8"))
+            if differing := _differences(ours, theirs):
+                reason = f"folder={comparison.folder}: holds a comparison with other {', '.join(differing)}"
+                raise ConfigError(f"{reason}; give another folder=")
+            ours["arms"] = theirs["arms"] | ours["arms"]
+            ours["seeds"] = [*theirs["seeds"], *(seed for seed in ours["seeds"] if seed not in theirs["seeds"])]
+        write_whole(file, yaml.safe_dump(ours, sort_keys=False))
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Return the names of what two records have in common but not alike."""
+    here, there = ({**r["arguments"], "teacher": r["teacher"], "split": r["split"]} for r in (ours, theirs))
+    arms = [f"arm {arm}" for arm in ours["arms"].keys() & theirs["arms"] if ours["arms"][arm] != theirs["arms"][arm]]
+    return sorted(n for n in here | there if n not in here.keys() & there or here[n] != there[n]) + sorted(arms)
 
 
 @contextmanager
@@ -278,7 +290,7 @@ def _train_if_free(comparison: Comparison, arm: Arm, seed: int) -> bool:
             LOGGER.info(f"\n{colorstr('compare:')} {_progress(comparison, name)}")
             result = train_arm(comparison, arm, seed)
             write_whole(comparison.result_file(name), json.dumps(result, indent=1))
-            write_summary(comparison.folder, comparison.record())
+            write_summary(comparison.folder)
     return free
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import matplotlib as mpl
 import torch
 import ultralytics
+import yaml
 from scipy.stats import t as student_t
 
 from yolo_cwd import __version__
@@ -26,6 +27,7 @@ from yolo_cwd.plots import COLOURS
 from yolo_cwd.state import write_whole
 
 BASELINE = "plain"
+RECORD = "comparison.yaml"
 
 
 def paired_interval(differences: list[float]) -> tuple[float, float] | None:
@@ -113,13 +115,13 @@ def verdict(teacher: dict[str, Any] | None, plain: dict[str, Any] | None) -> str
     return f"The teacher leads the plain student by {lead:.1f} points of mAP50-95."
 
 
-def write_summary(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+def write_summary(folder: Path) -> dict[str, Any]:
     """Write the summary of a comparison's complete runs in all its forms, and return it.
 
     Args:
-        folder: The comparison's folder.
-        record: What is compared, as `comparison.yaml` holds it.
+        folder: The comparison's folder, with what is compared in its `comparison.yaml`.
     """
+    record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
     teacher, results = load_results(folder)
     summary = {"comparison": record, **summarize(list(record["arms"]), teacher, results)}
     lines = table(summary)

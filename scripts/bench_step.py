@@ -67,7 +67,7 @@ def _value(text: str) -> Any:
 
 def steps(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Time a whole step of every arm, the teacher's forward pass in every form, and the loss alone."""
-    from yolo_cwd.teacher import DTYPES, Precision
+    from yolo_cwd.method.teacher import DTYPES, Precision
 
     trainers = {arm: make_trainer(arm, words, folder) for arm in ARMS}
     arms: dict[str, Callable[[], Any]] = {f"step: {arm}": step_of(trainer) for arm, trainer in trainers.items()}
@@ -134,7 +134,7 @@ def on_no_more_cores(run: Callable[[], Any]) -> Callable[[], Any]:
 
 def interleaved(arms: dict[str, Callable[[], Any]], repeats: int, device: Any) -> dict[str, list[float]]:
     """Return the times of every arm, each warmed up once and then run in turns."""
-    from yolo_cwd.teacher import wait_for
+    from yolo_cwd.method.teacher import wait_for
 
     times: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(repeats + 1):
@@ -221,7 +221,7 @@ def step_of(trainer: Any) -> Callable[[], None]:
 
 def loss_alone(trainer: Any, images: Any, fused: bool) -> Callable[[], None]:
     """Return the divergences of all levels, forward and backward, without adapters."""
-    from yolo_cwd.loss import channel_wise_divergence
+    from yolo_cwd.method.loss import channel_wise_divergence
 
     def by_autograd(student: Any, teacher: Any) -> Any:
         log_q, log_p = (x.float().flatten(2).log_softmax(-1) for x in (student, teacher))

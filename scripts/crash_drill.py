@@ -114,7 +114,7 @@ def _faults(weights: Path) -> str:
     """Return what is wrong with the files in the folder of the checkpoints, or nothing."""
     from ultralytics import YOLO
 
-    from yolo_cwd.state import load_state
+    from yolo_cwd.run.state import load_state
 
     wrong = []
     for file in weights.glob("[!.]*.pt"):

@@ -14,11 +14,12 @@ from conftest import SHORT
 from torch import nn
 from ultralytics import YOLO
 
-from yolo_cwd import check, digits
-from yolo_cwd.advice import as_text, compare_classes, verdict
-from yolo_cwd.check import examine
+from yolo_cwd import digits
 from yolo_cwd.cli import main
 from yolo_cwd.config import ConfigError
+from yolo_cwd.study import check
+from yolo_cwd.study.advice import as_text, compare_classes, verdict
+from yolo_cwd.study.check import examine
 
 WORDS = {**{k: v for k, v in SHORT.items() if k != "val"}, "model": "yolov8n.yaml", "teacher_dtype": "fp32"}
 

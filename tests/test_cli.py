@@ -195,7 +195,7 @@ def test_a_fault_during_training_is_not_called_bad_input(data: str, tmp_path: Pa
     def fail(*args: object) -> torch.Tensor:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr("yolo_cwd.loss.channel_wise_divergence", fail)
+    monkeypatch.setattr("yolo_cwd.method.loss.channel_wise_divergence", fail)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main(["train", "teacher=yolov8s.yaml", "student=yolov8n.yaml", f"data={data}", *SHORT, f"project={tmp_path}"])
 

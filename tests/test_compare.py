@@ -12,11 +12,11 @@ from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_cwd import compare
-from yolo_cwd.compare import Comparison, parse_arms, parse_seeds
 from yolo_cwd.config import ConfigError
-from yolo_cwd.report import read_rows
-from yolo_cwd.summary import as_text, paired_interval, summarize, table, write_summary
+from yolo_cwd.study import compare
+from yolo_cwd.study.compare import Comparison, parse_arms, parse_seeds
+from yolo_cwd.study.summary import as_text, paired_interval, summarize, table, write_summary
+from yolo_cwd.view.report import read_rows
 
 SHORT = {"imgsz": 64, "batch": 4, "epochs": 1, "plots": False, "device": "cpu", "amp": False, "verbose": False}
 

@@ -23,7 +23,7 @@ from ultralytics.utils.checks import check_version
 from ultralytics.utils.dist import find_free_network_port
 
 from yolo_cwd import CWDTrainer
-from yolo_cwd.teacher import DTYPES, load_teacher
+from yolo_cwd.method.teacher import DTYPES, load_teacher
 
 RECORDER = Path(__file__).with_name("step_recorder.py")
 WORDS = {
@@ -257,9 +257,11 @@ def test_the_first_process_chooses_the_precision_of_all(agreed: str, monkeypatch
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this CPU has no bfloat16")
     other = {"fp32": "bf16", "bf16": "fp32"}[agreed]  # what this process would have chosen
-    monkeypatch.setattr("yolo_cwd.teacher._seconds", lambda teacher, _: 1.0 if teacher.precision.name == other else 2.0)
-    monkeypatch.setattr("yolo_cwd.trainer.RANK", 1)
-    monkeypatch.setattr("yolo_cwd.distributed.agree", lambda value: agreed)
+    monkeypatch.setattr(
+        "yolo_cwd.method.teacher._seconds", lambda teacher, _: 1.0 if teacher.precision.name == other else 2.0
+    )
+    monkeypatch.setattr("yolo_cwd.method.trainer.RANK", 1)
+    monkeypatch.setattr("yolo_cwd.run.distributed.agree", lambda value: agreed)
     teacher, settings = load_teacher("yolov8n.yaml"), SimpleNamespace(teacher_dtype="auto")
     process = SimpleNamespace(teacher=teacher, cwd=settings, device=torch.device("cpu"))
     process._validation_image = lambda: torch.rand(1, 3, 64, 64)

@@ -23,9 +23,10 @@ from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT, entrypoint
 
 from yolo_cwd import cli
-from yolo_cwd.compare import Comparison
 from yolo_cwd.config import OPTIONS, Settings, check_names, split_options
-from yolo_cwd.trainer import EXTRA_ARGUMENTS, CWDTrainer
+from yolo_cwd.run.request import EXTRA_ARGUMENTS
+from yolo_cwd.study.compare import Comparison
+from yolo_cwd.trainer import CWDTrainer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "cfg" / "recipes").glob("*.yaml"))
@@ -204,5 +205,5 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     reference = (tmp_path / "site" / "python" / "index.html").read_text(encoding="utf-8")
-    assert "yolo_cwd.loss.channel_wise_divergence" in reference
+    assert "yolo_cwd.method.loss.channel_wise_divergence" in reference
     assert "cwd_warmup" in (tmp_path / "site" / "recipes" / "index.html").read_text(encoding="utf-8")

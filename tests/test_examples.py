@@ -16,7 +16,7 @@ from ultralytics.cfg import DEFAULT_CFG_DICT
 
 from yolo_cwd import cli
 from yolo_cwd.config import Settings, check_names, split_options
-from yolo_cwd.trainer import EXTRA_ARGUMENTS
+from yolo_cwd.run.request import EXTRA_ARGUMENTS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

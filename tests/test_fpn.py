@@ -6,7 +6,7 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_cwd.config import ConfigError
-from yolo_cwd.fpn import Level, Tap, build_adapters, match_levels, pyramid_taps
+from yolo_cwd.method.fpn import Level, Tap, build_adapters, match_levels, pyramid_taps
 
 
 def test_taps() -> None:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_cwd import CWDLoss, channel_wise_divergence, parallel
-from yolo_cwd import loss as loss_module
-from yolo_cwd.fpn import Level
-from yolo_cwd.loss import standardize
+from yolo_cwd import CWDLoss, channel_wise_divergence
+from yolo_cwd.method import loss as loss_module
+from yolo_cwd.method import parallel
+from yolo_cwd.method.fpn import Level
+from yolo_cwd.method.loss import standardize
 
 
 def reference(student: torch.Tensor, teacher: torch.Tensor, tau: float) -> float:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from yolo_cwd import __version__, demo
+from yolo_cwd import __version__
 from yolo_cwd.config import OPTIONS
+from yolo_cwd.study import demo
 
 ROOT = Path(__file__).parent.parent
 

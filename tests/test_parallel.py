@@ -7,8 +7,8 @@ import joblib
 import pytest
 import torch
 
-from yolo_cwd import parallel
-from yolo_cwd.parallel import cores, in_parts
+from yolo_cwd.method import parallel
+from yolo_cwd.method.parallel import cores, in_parts
 
 CPU = torch.device("cpu")
 

@@ -12,12 +12,13 @@ import torch
 from test_state import interrupted, resume
 from test_trainer import TERMS, rows
 
-from yolo_cwd import CWDTrainer, plots
+from yolo_cwd import CWDTrainer
 from yolo_cwd.config import Settings
-from yolo_cwd.loss import channel_wise_divergence
-from yolo_cwd.plots import channel_divergences, look, most_divergent, probability_maps, probe_images
-from yolo_cwd.report import outcome, read_curves
-from yolo_cwd.state import FILE
+from yolo_cwd.method.loss import channel_wise_divergence
+from yolo_cwd.run.state import FILE
+from yolo_cwd.view import plots
+from yolo_cwd.view.plots import channel_divergences, look, most_divergent, probability_maps, probe_images
+from yolo_cwd.view.report import outcome, read_curves
 
 Train = Callable[..., CWDTrainer]
 ANSI = re.compile(r"\x1b\[[0-9;]*[a-zA-Z]")

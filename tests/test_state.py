@@ -19,7 +19,8 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_cwd import ConfigError, CWDTrainer
-from yolo_cwd.state import FILE, RunState, checkpoints_written_whole, drop_rows_after, load_state, write_whole
+from yolo_cwd.run.files import checkpoints_written_whole, drop_rows_after, write_whole
+from yolo_cwd.run.state import FILE, RunState, load_state
 
 Train = Callable[..., CWDTrainer]
 

@@ -10,10 +10,10 @@ from ultralytics import YOLO
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_cwd import parallel
-from yolo_cwd import teacher as teacher_module
 from yolo_cwd.config import ConfigError
-from yolo_cwd.teacher import Precision, Teacher, load_teacher
+from yolo_cwd.method import parallel
+from yolo_cwd.method import teacher as teacher_module
+from yolo_cwd.method.teacher import Precision, Teacher, load_teacher
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

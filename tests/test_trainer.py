@@ -17,8 +17,8 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_cwd import ConfigError, CWDLoss, CWDTrainer
-from yolo_cwd.fpn import student_features
-from yolo_cwd.teacher import load_teacher
+from yolo_cwd.method.fpn import student_features
+from yolo_cwd.method.teacher import load_teacher
 
 Train = Callable[..., CWDTrainer]
 TERMS = ["P3_loss", "P4_loss", "P5_loss", "cwd_loss"]

@@ -13,7 +13,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG
 
 from yolo_cwd.config import OPTIONS
-from yolo_cwd.fpn import pyramid_taps, student_features
+from yolo_cwd.method.fpn import pyramid_taps, student_features
 from yolo_cwd.trainer import CWDTrainer
 
 

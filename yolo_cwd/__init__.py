@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from yolo_cwd.config import ConfigError
-    from yolo_cwd.loss import CWDLoss, channel_wise_divergence
+    from yolo_cwd.method.loss import CWDLoss, channel_wise_divergence
     from yolo_cwd.trainer import CWDTrainer
 
 __version__ = "0.1.0"
 __all__ = ["CWDLoss", "CWDTrainer", "ConfigError", "__version__", "channel_wise_divergence"]
 
 _HOMES = {
-    "CWDLoss": "yolo_cwd.loss",
+    "CWDLoss": "yolo_cwd.method.loss",
     "CWDTrainer": "yolo_cwd.trainer",
     "ConfigError": "yolo_cwd.config",
-    "channel_wise_divergence": "yolo_cwd.loss",
+    "channel_wise_divergence": "yolo_cwd.method.loss",
 }
 
 

@@ -137,7 +137,7 @@ def demo(words: list[str]) -> None:
     """Train and compare the three models of the demonstration."""
     if words:
         raise ConfigError(f"{words[0]}: 'yolo_cwd demo' takes no arguments; use 'yolo_cwd train data=digits' for more")
-    from yolo_cwd.demo import run
+    from yolo_cwd.study.demo import run
 
     run()
 
@@ -145,8 +145,8 @@ def demo(words: list[str]) -> None:
 def train(words: list[str]) -> None:
     """Train a student under a teacher."""
     overrides = parse(words)
-    from yolo_cwd.distributed import lost_peer
-    from yolo_cwd.state import FILE
+    from yolo_cwd.run.distributed import lost_peer
+    from yolo_cwd.run.state import FILE
     from yolo_cwd.trainer import CWDTrainer
 
     trainer = None
@@ -175,7 +175,7 @@ def train(words: list[str]) -> None:
 def check(words: list[str]) -> None:
     """Examine a training before it is begun."""
     arguments = parse(words)
-    from yolo_cwd.check import run
+    from yolo_cwd.study.check import run
 
     run(arguments)
 
@@ -183,7 +183,7 @@ def check(words: list[str]) -> None:
 def compare(words: list[str]) -> None:
     """Train the arms of a comparison and summarize them."""
     arguments = parse(words)
-    from yolo_cwd.compare import run
+    from yolo_cwd.study.compare import run
 
     run(arguments)
 

@@ -18,6 +18,7 @@ import yaml
 
 SCHEDULES = ("constant", "linear", "cosine")
 ADAPTERS = ("conv", "identity")
+WEIGHT_COLUMN = "train/cwd_weight"  # of results.csv: the overall weight
 TEACHER_DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from yolo_cwd.fpn import Level, student_features
-from yolo_cwd.parallel import in_parts
+from yolo_cwd.method.fpn import Level, student_features
+from yolo_cwd.method.parallel import in_parts
 
 ValueAndGradient = tuple[Tensor, Sequence[Tensor]]
 PART_ELEMENTS = defaultdict(lambda: 2**24, cpu=2**19)  # of the teacher's maps that are compared at once, by device

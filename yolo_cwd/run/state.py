@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a distilled run needs to go on after an interruption, and how it is written so that a kill tears nothing.
+"""What a distilled run needs to go on after an interruption.
 
 Beside Ultralytics' `last.pt` lies `cwd.pt`: the options, and the adapters with their optimizer state for the last two
 epochs. It is written before `last.pt`, so that whichever epoch `last.pt` is of, its adapters are there. It holds
@@ -9,19 +9,15 @@ tensors, numbers and strings only, and is read by torch's restricted loader.
 from __future__ import annotations
 
 import io
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from ultralytics.engine import trainer as ultralytics_trainer
-from ultralytics.utils.files import get_latest_run
 
 from yolo_cwd.config import ConfigError, first_line
+from yolo_cwd.run.files import remove_leftovers, write_whole
 
 FILE = "cwd.pt"
 KEPT_EPOCHS = 2
@@ -90,22 +86,6 @@ def _to_cpu(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
-def checkpoint_to_resume(resume: Any, model: Any) -> Path | None:
-    """Return the checkpoint that the arguments `resume` and `model` ask to go on from, or None for a new run.
-
-    `resume` alone means the latest run below the working directory, as in Ultralytics.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    if not resume:
-        return None
-    named = resume if isinstance(resume, str | Path) else model or get_latest_run()
-    if not named or not Path(named).is_file():
-        raise ConfigError(f"resume={named or resume}: no such checkpoint; name one: resume model=runs/.../last.pt")
-    return Path(named)
-
-
 def load_state(checkpoint: Path) -> RunState:
     """Return the state that lies beside a checkpoint.
 
@@ -118,73 +98,9 @@ def load_state(checkpoint: Path) -> RunState:
             f"resume={checkpoint}: has no {FILE} beside it: the training is finished, or it had no teacher; "
             f"'yolo train resume' goes on without one"
         )
-    for leftover in checkpoint.parent.glob(".*"):  # of a kill while something was written
-        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    remove_leftovers(checkpoint.parent)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
         return RunState(content["options"], content["epochs"], content.get("start"))
     except Exception as error:
         raise ConfigError(f"resume={checkpoint}: {file} cannot be read ({first_line(error)})") from error
-
-
-def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file so that nobody, not even after a kill, sees a part of it."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    put(unfinished, file)
-
-
-def put(unfinished: Path, file: Path) -> None:
-    """Move a complete file to its name, after its content has reached the disk."""
-    with unfinished.open("rb") as opened:
-        os.fsync(opened.fileno())
-    unfinished.replace(file)
-
-
-@contextmanager
-def checkpoints_written_whole(trainer: Any) -> Iterator[None]:
-    """Let a trainer of Ultralytics, which writes its checkpoints in place, write them elsewhere, and move them then.
-
-    `last.pt` is moved last.
-    """
-    folder, last, best = trainer.wdir, trainer.last, trainer.best
-    unfinished = folder / ".unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)  # what a kill has left
-    unfinished.mkdir(parents=True)
-    trainer.wdir, trainer.last, trainer.best = unfinished, unfinished / last.name, unfinished / best.name
-    try:
-        yield
-        for file in sorted(unfinished.iterdir(), key=lambda f: f.name == last.name):
-            put(file, folder / file.name)
-    finally:
-        trainer.wdir, trainer.last, trainer.best = folder, last, best
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@contextmanager
-def optimizers_stripped_whole() -> Iterator[None]:
-    """Let Ultralytics strip the finished checkpoints, which it does in place, without a moment at which one is torn."""
-    strip = ultralytics_trainer.strip_optimizer
-
-    def strip_whole(file: Path, s: str = "", updates: dict[str, Any] | None = None) -> Any:
-        unfinished = file.with_name(f".{file.name}")
-        shutil.copyfile(file, unfinished)
-        stripped = strip(unfinished, s, updates)
-        put(unfinished, file)
-        return stripped
-
-    ultralytics_trainer.strip_optimizer = strip_whole
-    try:
-        yield
-    finally:
-        ultralytics_trainer.strip_optimizer = strip
-
-
-def drop_rows_after(table: Path, epoch: int) -> None:
-    """Drop the rows of a `results.csv` that are of a later epoch (counted from 1), or that a kill has cut off."""
-    if not table.exists():
-        return
-    header, *rows = table.read_text(encoding="utf-8").splitlines()
-    epochs = [row.split(",")[0].strip() if row.count(",") == header.count(",") else "" for row in rows]
-    kept = [row for row, e in zip(rows, epochs, strict=True) if e.isdecimal() and int(e) <= epoch]
-    write_whole(table, "\n".join([header, *kept]) + "\n")

@@ -21,8 +21,8 @@ from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 from ultralytics.utils.checks import check_model_file_from_stem
 
 from yolo_cwd.config import ConfigError, first_line
-from yolo_cwd.fpn import pyramid_taps
-from yolo_cwd.parallel import cores, in_parts
+from yolo_cwd.method.fpn import pyramid_taps
+from yolo_cwd.method.parallel import cores, in_parts
 
 LETTERBOX_GRAY = 114 / 255  # the value Ultralytics pads its images with
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -47,11 +47,12 @@ from yolo_cwd.config import (
     split_options,
     unusable_data,
 )
-from yolo_cwd.report import SCORE, read_rows
-from yolo_cwd.state import drop_rows_after, write_whole
-from yolo_cwd.summary import RECORD, as_text, table, write_summary
-from yolo_cwd.teacher import load_teacher
-from yolo_cwd.trainer import EXTRA_ARGUMENTS, CWDTrainer, refuse_unsupported, student_path
+from yolo_cwd.method.teacher import load_teacher
+from yolo_cwd.run.files import drop_rows_after, write_whole
+from yolo_cwd.run.request import EXTRA_ARGUMENTS, refuse_unsupported, student_path
+from yolo_cwd.study.summary import RECORD, as_text, table, write_summary
+from yolo_cwd.trainer import CWDTrainer
+from yolo_cwd.view.report import SCORE, read_rows
 
 METHODS = ("plain", "cwd", "builtin")
 OWN_ARGUMENTS = {"arms", "seeds", "split", "folder"}

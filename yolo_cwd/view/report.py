@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from yolo_cwd.config import Settings
-from yolo_cwd.teacher import Teacher
+from yolo_cwd.config import WEIGHT_COLUMN, Settings
+from yolo_cwd.method.teacher import Teacher
 
-WEIGHT = "train/cwd_weight"  # the column of the overall weight
 SCORE = "metrics/mAP50-95(B)"
 
 
@@ -53,7 +52,7 @@ def read_curves(table: Path, level_weights: Mapping[str, float]) -> Curves:
     ours = {f"train/{name}_loss" for name in level_weights} | {"train/cwd_loss"}
     detection = [n for n in rows[0] if n.startswith("train/") and n.endswith("_loss") and n not in ours]
     terms = {name: [row[f"train/{name}_loss"] for row in rows] for name in level_weights}
-    weight = [row[WEIGHT] for row in rows]
+    weight = [row[WEIGHT_COLUMN] for row in rows]
     divergence = {
         name: [
             t / (w * level_weights[name]) if w * level_weights[name] else math.nan

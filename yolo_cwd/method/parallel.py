@@ -17,7 +17,7 @@ from typing import TypeVar
 import joblib
 import torch
 
-from yolo_cwd.distributed import WORLD_SIZE_HERE
+from yolo_cwd.run.distributed import WORLD_SIZE_HERE
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")

@@ -23,8 +23,8 @@ import yaml
 from scipy.stats import t as student_t
 
 from yolo_cwd import __version__
-from yolo_cwd.plots import COLOURS
-from yolo_cwd.state import write_whole
+from yolo_cwd.run.files import write_whole
+from yolo_cwd.view.plots import COLOURS
 
 BASELINE = "plain"
 RECORD = "comparison.yaml"

@@ -19,9 +19,9 @@ from torch import Tensor
 from ultralytics.data.augment import LetterBox
 from ultralytics.utils import LOGGER, colorstr, plt_settings
 
-from yolo_cwd.fpn import student_features
-from yolo_cwd.loss import log_distribution
-from yolo_cwd.report import Curves, read_curves
+from yolo_cwd.method.fpn import student_features
+from yolo_cwd.method.loss import log_distribution
+from yolo_cwd.view.report import Curves, read_curves
 
 # Told apart by colour-blind eyes (Okabe and Ito).
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -27,10 +27,10 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import autocast, get_flops, parse_device, unset_deterministic, unwrap_model
 
 from yolo_cwd import digits
-from yolo_cwd.advice import as_text, compare_classes, verdict
-from yolo_cwd.compare import score
 from yolo_cwd.config import ConfigError, first_line
-from yolo_cwd.teacher import wait_for
+from yolo_cwd.method.teacher import wait_for
+from yolo_cwd.study.advice import as_text, compare_classes, verdict
+from yolo_cwd.study.compare import score
 from yolo_cwd.trainer import CWDTrainer
 
 MADE_UP = "made-up images"

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Training of a student under a teacher. Read this file first: it shows the whole method.
+
+`DistillingTrainer` is Ultralytics' `DetectionTrainer` whose student has its criterion wrapped. One training step is
+
+    teacher(images)  ->  pyramid                       frozen, without its head, no gradient        (teacher.py)
+    student(images)  ->  predictions and pyramid       as without us                                (fpn.py)
+    loss  =  detection loss                            as without us
+          +  weight * divergence(adapter(student map), teacher map)  for every shared level         (loss.py)
+
+Teacher and adapters belong to the trainer, never to the student: every checkpoint is a plain Ultralytics model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK, colorstr
+from ultralytics.utils.torch_utils import unwrap_model
+
+from yolo_cwd import digits
+from yolo_cwd.config import WEIGHT_COLUMN, ConfigError, first_line, unusable_data
+from yolo_cwd.method.fpn import Level, build_adapters, match_levels, pyramid_taps
+from yolo_cwd.method.loss import CWDLoss
+from yolo_cwd.method.teacher import load_teacher
+from yolo_cwd.run import distributed, request
+from yolo_cwd.run.resumable import ResumableTrainer
+
+STUDENT_CLIP_NORM = 10.0  # what Ultralytics clips the student's gradient norm to
+
+
+class DistillingTrainer(ResumableTrainer):
+    """Train a detector with channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256).
+
+    Attributes:
+        cwd: The checked options.
+        teacher: The frozen teacher.
+        levels: The distilled levels, finest first; known once the student is built.
+        level_weights: The weight of each of them, before the overall weight.
+        adapters: One module a level, from student to teacher channels, trained with the student.
+        criterion: The student's criterion, once the training has begun.
+    """
+
+    def __init__(
+        self,
+        cfg: Any = DEFAULT_CFG_DICT,
+        overrides: dict[str, Any] | None = None,
+        _callbacks: dict[str, Any] | None = None,
+    ) -> None:
+        """Check all that can be checked before a run folder exists, then hand over to Ultralytics.
+
+        Args:
+            cfg: Base configuration: a YAML path, a dictionary or a namespace, with our options in it or without.
+            overrides: Arguments and options that take precedence; `teacher` may be a path, a `YOLO` or a
+                `DetectionModel`, `data` may be `digits`.
+            _callbacks: Ultralytics' callbacks by event.
+
+        Raises:
+            ConfigError: If an option or a model cannot be used.
+        """
+        asked = request.read(cfg, overrides or {})
+        arguments = {**asked.arguments, "device": distributed.join(asked.args.device)}
+        self.cwd = asked.settings
+        with distributed.first_here_first():
+            self.teacher = load_teacher(self.cwd.teacher, self.cwd.trust_teacher)
+            arguments["data"] = digits.resolve(arguments.get("data", asked.base["data"]))
+        self.levels: list[Level] = []
+        self.level_weights: list[float] = []
+        self.criterion: CWDLoss | None = None
+        self._batches = 0
+        super().__init__(asked, arguments, _callbacks)
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Prepare a batch as Ultralytics does, and add the teacher's pyramid of its images for the criterion.
+
+        Before the student's forward pass, so that the teacher's passing memory and the activations the student keeps
+        for its gradient are never needed at once.
+        """
+        batch = super().preprocess_batch(batch)
+        if self.criterion is not None and self.criterion.weight and self._batches % self.cwd.cwd_every == 0:
+            batch["teacher_maps"] = self.teacher(batch["img"])
+        self._batches += 1
+        return batch
+
+    def optimizer_step(self) -> None:
+        """Clip the adapters' gradient by its own norm, then step as Ultralytics does.
+
+        By its own norm, so that the student is clipped as it would be without adapters. The gradients still carry the
+        loss scale here, and so does the bound.
+        """
+        if adapters := list(self.adapters.parameters()):
+            distributed.average_gradients(adapters)
+            nn.utils.clip_grad_norm_(adapters, max_norm=STUDENT_CLIP_NORM * self.scaler.get_scale())
+        super().optimizer_step()
+
+    def setup_model(self) -> Any:
+        """Build the student, match its pyramid with the teacher's, and make the adapters."""
+        try:
+            with distributed.first_here_first():
+                checkpoint = super().setup_model()
+        except Exception as error:
+            reason = f"student={self.args.model}: {first_line(error)}"
+            raise ConfigError(f"{reason}; give an existing .pt checkpoint or .yaml model of a detector") from error
+        student = pyramid_taps(self.model, f"student={self.args.model}")
+        self.levels = match_levels(student, self.teacher.taps, self.cwd.levels)
+        self.level_weights = self.cwd.weights_of([level.name for level in self.levels])
+        if self.teacher.image_channels != self.data["channels"]:
+            raise ConfigError(
+                f"{self.teacher.argument}: takes images of {self.teacher.image_channels} channels, data="
+                f"{self.args.data} has {self.data['channels']}; choose a teacher trained on such images"
+            )
+        if self.args.amp == "bf16" and self.device.type != "cuda":
+            raise ConfigError(f"amp=bf16: Ultralytics has it on CUDA only, not on device={self.device}; use amp=False")
+        self.adapters = build_adapters(self.levels, self.cwd.adapter).to(self.device)
+        distributed.spread(self.adapters)
+        if self.cwd.cwd:
+            self.teacher.settle(self.device)
+        return checkpoint
+
+    def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Add the adapters to Ultralytics' optimizer as the last group, so that warm-up and schedule apply to them."""
+        optimizer: torch.optim.Optimizer = super().build_optimizer(model, *args, **kwargs)
+        if adapters := list(self.adapters.parameters()):
+            plain = [group for group in optimizer.param_groups if group["param_group"] == "weight"]
+            optimizer.add_param_group({**min(plain, key=lambda group: float(group["lr"])), "params": adapters})
+        return optimizer
+
+    def _setup_train(self) -> None:
+        with self.folder.removed_on_failure():
+            super()._setup_train()
+            if self.cwd.cwd:
+                self._calibrate_teacher()
+        student = unwrap_model(self.model)
+        self.criterion = student.criterion = CWDLoss(
+            getattr(student, "criterion", None) or student.init_criterion(),
+            adapters=self.adapters,
+            levels=self.levels,
+            level_weights=self.level_weights,
+            tau=self.cwd.tau,
+            normalize=self.cwd.normalize,
+        )
+        begun_with = student.yaml.get("yaml_file") if self.resume else self.args.model
+        begun_with = self.state.options.get("student") or str(begun_with)
+        self.state.options = request.plain_options(self.cwd, begun_with, [level.stride for level in self.levels])
+        self.add_callback("on_train_epoch_start", DistillingTrainer._begin_epoch)
+        self.add_callback("on_train_epoch_end", DistillingTrainer._report_dropped_terms)
+
+    def _calibrate_teacher(self) -> None:
+        wanted, first = self.cwd.teacher_dtype, RANK in {-1, 0}
+        pixels, *_ = self.test_loader.dataset.load_image(0)  # [H, W, C], 0 to 255
+        image = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)[None] / 255
+        if first or wanted != "auto":
+            self.teacher.calibrate(wanted, image)
+        if wanted == "auto":  # the first process chooses for all
+            chosen = distributed.agree(self.teacher.precision.name)
+            if not first:
+                self.teacher.calibrate(chosen, image)
+
+    def _begin_epoch(self) -> None:
+        assert self.criterion is not None
+        self.teacher.eval().requires_grad_(False)  # whatever a callback has done to it
+        self.criterion.begin_epoch(self.cwd.weight(self.epoch, self.epochs) * self.cwd.cwd_every)
+        self._batches = 0
+
+    def _report_dropped_terms(self) -> None:
+        assert self.criterion is not None
+        if dropped := int(self.criterion.dropped):
+            LOGGER.warning(f"{colorstr('CWD:')} {dropped} terms of this epoch were not finite and have been left out")
+            self.criterion.dropped = 0
+
+    @property
+    def weights_by_level(self) -> dict[str, float]:
+        """The weight of every distilled level by its name, before the overall weight."""
+        return {level.name: weight for level, weight in zip(self.levels, self.level_weights, strict=True)}
+
+    def label_loss_items(self, loss_items: dict[str, Any] | None = None, prefix: str = "train") -> Any:
+        """Label the loss items, in training with the term of every level before their sum, and with the weight.
+
+        The progress bar shows the sum alone. The divergences exist in training only, so validation gets no column of
+        zeros.
+        """
+        labels = super().label_loss_items(loss_items, prefix)
+        total = f"{prefix}/cwd_loss"
+        if not isinstance(labels, dict):
+            return [name for name in labels if name != total]
+        ours = {total: labels.pop(total, 0.0)}
+        if prefix == "val" or self.criterion is None:
+            return labels
+        levels = {f"{prefix}/{name}": mean for name, mean in self.criterion.levels_mean.items()}
+        return {**labels, **levels, **ours, WEIGHT_COLUMN: self.criterion.weight / self.cwd.cwd_every}
+
+    def get_dataset(self) -> Any:
+        """Resolve `data` as Ultralytics does."""
+        try:
+            return super().get_dataset()
+        except RuntimeError as error:
+            distributed.let_others_follow()  # to the same error, instead of waiting for an end that never comes
+            raise unusable_data(self.args.data, error.__cause__ or error) from error

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Files written so that nobody, not even after a kill, sees a part of one: written aside, flushed, and renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ultralytics.engine import trainer as ultralytics_trainer
+
+PATIENCE = 2.0  # seconds to wait for a reader to close a file: Windows refuses to replace one that is open
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file so that nobody, not even after a kill, sees a part of it."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+    put(unfinished, file)
+
+
+def put(unfinished: Path, file: Path) -> None:
+    """Move a complete file to its name, after its content has reached the disk."""
+    with unfinished.open("r+b") as opened:  # Windows flushes only what may be written to
+        os.fsync(opened.fileno())
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            unfinished.replace(file)
+            return
+        except PermissionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+@contextmanager
+def checkpoints_written_whole(trainer: Any) -> Iterator[None]:
+    """Let a trainer of Ultralytics, which writes its checkpoints in place, write them elsewhere, and move them then.
+
+    `last.pt` is moved last.
+    """
+    folder, last, best = trainer.wdir, trainer.last, trainer.best
+    unfinished = folder / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)  # what a kill has left
+    unfinished.mkdir(parents=True)
+    trainer.wdir, trainer.last, trainer.best = unfinished, unfinished / last.name, unfinished / best.name
+    try:
+        yield
+        for file in sorted(unfinished.iterdir(), key=lambda f: f.name == last.name):
+            put(file, folder / file.name)
+    finally:
+        trainer.wdir, trainer.last, trainer.best = folder, last, best
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def optimizers_stripped_whole() -> Iterator[None]:
+    """Let Ultralytics strip the finished checkpoints, which it does in place, without a moment at which one is torn."""
+    strip = ultralytics_trainer.strip_optimizer
+
+    def strip_whole(file: Path, s: str = "", updates: dict[str, Any] | None = None) -> Any:
+        unfinished = file.with_name(f".{file.name}")
+        shutil.copyfile(file, unfinished)
+        stripped = strip(unfinished, s, updates)
+        put(unfinished, file)
+        return stripped
+
+    ultralytics_trainer.strip_optimizer = strip_whole
+    try:
+        yield
+    finally:
+        ultralytics_trainer.strip_optimizer = strip
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill has left in a folder while something was written there."""
+    for leftover in folder.glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def drop_rows_after(table: Path, epoch: int) -> None:
+    """Drop the rows of a `results.csv` that are of a later epoch (counted from 1), or that a kill has cut off."""
+    if not table.exists():
+        return
+    header, *rows = table.read_text(encoding="utf-8").splitlines()
+    epochs = [row.split(",")[0].strip() if row.count(",") == header.count(",") else "" for row in rows]
+    kept = [row for row, e in zip(rows, epochs, strict=True) if e.isdecimal() and int(e) <= epoch]
+    write_whole(table, "\n".join([header, *kept]) + "\n")

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What a run was asked for: options told from arguments, checked, and those of an interrupted run taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ultralytics.cfg import _handle_deprecation, cfg2dict, get_cfg, get_save_dir
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK, colorstr
+from ultralytics.utils.files import get_latest_run
+from ultralytics.utils.torch_utils import parse_device
+
+from yolo_cwd.config import ConfigError, Settings, check_names, split_options, with_suffix
+from yolo_cwd.run.distributed import WORLD_SIZE
+from yolo_cwd.run.state import RunState, load_state
+
+EXTRA_ARGUMENTS = {"augmentations", "save_dir"}  # training arguments that Ultralytics takes without a default
+REPLACEABLE = {"teacher", "trust_teacher"}  # options that a resumed run may be given anew
+
+
+class Request(NamedTuple):
+    """A checked request.
+
+    Attributes:
+        base: Ultralytics' arguments to start from.
+        arguments: Those that take precedence.
+        args: Both together, as Ultralytics checks them.
+        options: Our options as they were given, or as the resumed run had them.
+        settings: The same, checked, with the defaults filled in.
+        state: What a resumed run goes on from; empty for a new one.
+    """
+
+    base: dict[str, Any]
+    arguments: dict[str, Any]
+    args: Any
+    options: dict[str, Any]
+    settings: Settings
+    state: RunState
+
+
+def read(cfg: Any, overrides: dict[str, Any]) -> Request:
+    """Check what can be checked before a run folder exists.
+
+    Args:
+        cfg: Base configuration: a YAML path, a dictionary or a namespace, with our options in it or without.
+        overrides: Arguments and options that take precedence.
+
+    Raises:
+        ConfigError: If an option or an argument cannot be used.
+    """
+    cfg_options, base = split_options(cfg2dict(cfg))
+    options, arguments = split_options(overrides)
+    options = {**cfg_options, **options}
+    base, arguments = _handle_deprecation(base), _handle_deprecation(arguments)
+    check_names(base | arguments, DEFAULT_CFG_DICT.keys() | EXTRA_ARGUMENTS)
+
+    base = {**DEFAULT_CFG_DICT, **base}
+    student, model = options.pop("student", None), arguments.get("model")
+    if arguments.get("resume") is True and arguments.get("name") and options.get("teacher"):
+        arguments |= _go_on_or_begin(base | arguments)
+    checkpoint = checkpoint_to_resume(arguments.get("resume", base["resume"]), student or model or base["model"])
+    if checkpoint:
+        arguments["resume"] = arguments["model"] = str(checkpoint)
+        state = load_state(checkpoint)
+        options = _options_of_resumed_run(state, options)
+    else:
+        arguments["model"] = student_path(student, model, base["model"])
+        state = RunState({})
+    settings = Settings.parse(options)
+    args = get_cfg(base, {**arguments})
+    refuse_unsupported(args)
+    return Request(base, arguments, args, options, settings, state)
+
+
+def plain_options(settings: Settings, student: str, strides: Sequence[int]) -> dict[str, Any]:
+    """Return the options of a run as plain values, by which a resumed run finds the same.
+
+    Args:
+        settings: The checked options.
+        student: What the student began from.
+        strides: The distilled levels.
+    """
+    teacher = settings.teacher
+    if isinstance(teacher, str):
+        teacher = str(Path(teacher).resolve()) if Path(teacher).exists() else teacher
+    else:
+        teacher = None
+    levels, weights = list(strides), list(settings.level_weights)
+    return {**vars(settings), "teacher": teacher, "student": student, "levels": levels, "level_weights": weights}
+
+
+def checkpoint_to_resume(resume: Any, model: Any) -> Path | None:
+    """Return the checkpoint that the arguments `resume` and `model` ask to go on from, or None for a new run.
+
+    `resume` alone means the latest run below the working directory, as in Ultralytics.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if not resume:
+        return None
+    named = resume if isinstance(resume, str | Path) else model or get_latest_run()
+    if not named or not Path(named).is_file():
+        raise ConfigError(f"resume={named or resume}: no such checkpoint; name one: resume model=runs/.../last.pt")
+    return Path(named)
+
+
+def _options_of_resumed_run(state: RunState, given: dict[str, Any]) -> dict[str, Any]:
+    replaced = {name: value for name, value in given.items() if name in REPLACEABLE and value}
+    kept = state.options
+    if ignored := sorted(n for n in given.keys() - replaced.keys() if given[n] != kept.get(n)):
+        LOGGER.warning(f"{colorstr('CWD:')} a resumed run keeps its options; ignored: {', '.join(ignored)}")
+    kept.update(replaced)
+    return kept
+
+
+def student_path(student: Any, model: Any, default: Any) -> str:
+    """Return the student's path from its two names, `student` and Ultralytics' `model`.
+
+    Raises:
+        ConfigError: If both are given and differ, or if there is none.
+    """
+    if student and model and str(student) != str(model):
+        raise ConfigError(f"student={student}: model={model} names another one; give one of the two")
+    chosen = student or model or default
+    if not isinstance(chosen, str | Path):
+        raise ConfigError(f"student={chosen}: missing; name the model to train, such as student=yolov8n.pt")
+    return with_suffix(str(chosen))
+
+
+def refuse_unsupported(args: Any) -> None:
+    """Refuse the Ultralytics arguments that make no sense beside a teacher.
+
+    Raises:
+        ConfigError: For the first of them.
+    """
+    processes = WORLD_SIZE if RANK != -1 else len(parse_device(args.device).split(","))
+    refusals: tuple[tuple[str, bool, str], ...] = (
+        (
+            "data",
+            args.data is None and not args.resume,
+            "missing; give a data set, such as data=coco8.yaml or data=digits",
+        ),
+        ("task", args.task not in {None, "detect"}, "only task=detect can be distilled"),
+        ("distill_model", args.distill_model is not None, "is Ultralytics' own distillation; use teacher= instead"),
+        ("quantize", args.quantize == 8, "training for int8 takes no teacher; quantize the student at export"),
+        ("batch", args.batch < 1, "the memory estimate does not know the teacher; give a number of images, batch=16"),
+        (
+            "batch",
+            args.batch % processes != 0,
+            f"does not divide over {processes} processes; give a multiple of {processes}",
+        ),
+    )
+    for name, refused, reason in refusals:
+        if refused:
+            raise ConfigError(f"{name}={getattr(args, name)}: {reason}")
+
+
+def _go_on_or_begin(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments by which a named run goes on where it stands, or begins if it has no checkpoint yet.
+
+    So that one command, given again by `torchrun --max-restarts` or a scheduler, brings a training to its end.
+    """
+    folder = get_save_dir(get_cfg(DEFAULT_CFG_DICT, {**arguments, "resume": False, "exist_ok": True}))
+    last = folder / "weights" / "last.pt"
+    return {"resume": str(last)} if last.is_file() else {"resume": False, "exist_ok": True}

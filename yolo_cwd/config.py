@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import yaml
 
 SCHEDULES = ("constant", "linear", "cosine")
-ADAPTERS = ("conv", "identity")
+ADAPTERS = ("auto", "fitted", "conv", "identity")
+AUTO, BALANCED = "auto", "balanced"  # of the option cwd, beside a number
+FROM_SCRATCH = 100.0  # what cwd=auto means for a student without weights
 WEIGHT_COLUMN = "train/cwd_weight"  # of results.csv: the overall weight
 TEACHER_DTYPES = ("auto", "fp32", "bf16", "fp16")
 
@@ -66,7 +68,9 @@ class Settings:
 
     Attributes:
         teacher: Path of the model to learn from, with its suffix, or the model itself.
-        cwd: Overall weight, at least 0.
+        cwd: Overall weight, at least 0; or `BALANCED`; or `AUTO`, until the student is known.
+        share: Gradient of a level's divergence beside the task's own under the balanced rule, at least 0.
+        class_share: The same for the class maps of the head, under any rule.
         tau: Temperature of the softmax, above 0.
         levels: Strides to distil, ascending, or None for every level that teacher and student share.
         level_weights: One weight for all levels, or one for each of them, finest first; each at least 0.
@@ -81,7 +85,9 @@ class Settings:
     """
 
     teacher: Any
-    cwd: float
+    cwd: float | str
+    share: float
+    class_share: float | str
     tau: float
     levels: tuple[int, ...] | None
     level_weights: tuple[float, ...]
@@ -107,7 +113,9 @@ class Settings:
         value = {name: given.get(name, option.default) for name, option in OPTIONS.items()}
         return cls(
             teacher=_teacher(value["teacher"]),
-            cwd=_number("cwd", value["cwd"]),
+            cwd=value["cwd"] if value["cwd"] in (AUTO, BALANCED) else _number("cwd", value["cwd"]),
+            share=_number("share", value["share"]),
+            class_share=AUTO if value["class_share"] == AUTO else _number("class_share", value["class_share"]),
             tau=_number("tau", value["tau"], zero=False),
             levels=_levels(value["levels"]),
             level_weights=_level_weights(value["level_weights"]),
@@ -126,13 +134,41 @@ class Settings:
         progress = min(epoch / max(epochs - 1, 1), 1.0)
         fallen = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[self.schedule]
         risen = min((epoch + 1) / (self.cwd_warmup + 1), 1.0)
-        return self.cwd * risen * (1 - fallen * (1 - self.cwd_final))
+        return self.strength * risen * (1 - fallen * (1 - self.cwd_final))
+
+    @property
+    def strength(self) -> float:
+        """The overall weight at its full height; 1 under the balanced rule, where levels have shares of their own."""
+        return 1.0 if self.balanced else float(self.cwd)
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the weights follow the gradients."""
+        return self.cwd == BALANCED
+
+    def resolved(self, pretrained: bool) -> Settings:
+        """Return the settings with what depends on the student decided.
+
+        Args:
+            pretrained: Whether the student came with weights.
+        """
+        cwd = self.cwd
+        if cwd == AUTO:
+            cwd = BALANCED if pretrained else FROM_SCRATCH
+        adapter = self.adapter
+        if adapter == AUTO:
+            adapter = "fitted" if cwd == BALANCED else "conv"
+        class_share = self.class_share
+        if class_share == AUTO:
+            class_share = self.share if cwd == BALANCED else 0.0
+        return replace(self, cwd=cwd, adapter=adapter, class_share=class_share)
 
     def course(self) -> str:
         """Return the overall weight and its schedule in words."""
         rise = f" after {self.cwd_warmup:g} epochs of rise" if self.cwd_warmup else ""
-        fall = "" if self.schedule == "constant" else f" falling to {self.cwd * self.cwd_final:g} ({self.schedule})"
-        return f"weight {self.cwd:g}{rise}{fall}"
+        full = self.share if self.balanced else float(self.cwd)
+        fall = "" if self.schedule == "constant" else f" falling to {full * self.cwd_final:g} ({self.schedule})"
+        return f"{'share' if self.balanced else 'weight'} {full:g}{rise}{fall}"
 
     def weights_of(self, names: list[str]) -> list[float]:
         """Return one weight for each of the named levels.
@@ -140,7 +176,7 @@ class Settings:
         Raises:
             ConfigError: If `level_weights` is neither one number nor as many as there are levels.
         """
-        weights = list(self.level_weights)
+        weights = [w * self.share if self.balanced else w for w in self.level_weights]
         if len(weights) == 1:
             return weights * len(names)
         if len(weights) != len(names):
@@ -241,4 +277,4 @@ def _stride(item: Any) -> int | None:
 
 def _example(name: str) -> float:
     default = OPTIONS[name].default
-    return default if isinstance(default, int | float) else 1.0
+    return default if isinstance(default, int | float) else 100.0

@@ -95,6 +95,12 @@ def student_features(preds: dict[str, Any]) -> list[Tensor]:
     return features
 
 
+def student_scores(preds: dict[str, Any]) -> Tensor:
+    """Return the logits [N, classes, positions of all levels] that the student's head returned in training mode."""
+    scores: Tensor = preds.get("one2many", preds)["scores"]
+    return scores
+
+
 def build_adapters(levels: list[Level], kind: str) -> nn.ModuleList:
     """Return one adapter a level from student to teacher channels.
 
@@ -102,12 +108,12 @@ def build_adapters(levels: list[Level], kind: str) -> nn.ModuleList:
 
     Args:
         levels: The distilled levels.
-        kind: `conv` or `identity`.
+        kind: `conv`, `fitted`, which is fitted later, or `identity`.
 
     Raises:
         ConfigError: If `identity` is asked for where channels differ.
     """
-    if kind == "conv":
+    if kind != "identity":
         with torch.random.fork_rng(devices=[]):  # the student's own random numbers stay as they are without us
             return nn.ModuleList(nn.Conv2d(x.student_channels, x.teacher_channels, 1, bias=False) for x in levels)
     for x in levels:

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from yolo_cwd.method.fpn import Level, student_features
+from yolo_cwd.method.balance import GradientMeter
+from yolo_cwd.method.fpn import Level, student_features, student_scores
 from yolo_cwd.method.parallel import in_parts
 
 ValueAndGradient = tuple[Tensor, Sequence[Tensor]]
+MOST = 1e4  # ratio of gradients: where the maps agree to the last digits, more would teach rounding errors
+CLASS_MAPS = "classmap"  # the name of their term
 PART_ELEMENTS = defaultdict(lambda: 2**24, cpu=2**19)  # of the teacher's maps that are compared at once, by device
 
 
@@ -125,11 +128,14 @@ class CWDLoss:
     It stands in for the wrapped criterion, whose other attributes it passes on. It is no module, so that neither
     teacher nor adapters become a part of the student.
 
+    A term's weight is `weight` times its level's weight. A balanced term is also multiplied by the measured ratio of
+    the gradients at its map (balance.py): its weight is then the share of the task's gradient that it has there.
+
     Attributes:
         criterion: The wrapped detection criterion.
         weight: Overall weight of the divergences; the trainer sets it for every epoch.
+        meter: What is measured of the gradients.
         dropped: How many terms were not finite and were left out since somebody set it to 0.
-        levels_mean: Mean weighted term of each level by name since the epoch began.
     """
 
     def __init__(
@@ -141,6 +147,10 @@ class CWDLoss:
         tau: float = 1.0,
         normalize: bool = False,
         weight: float = 1.0,
+        balanced: bool = False,
+        classes: Sequence[int] = (),
+        class_weight: float = 0.0,
+        device: torch.device | None = None,
     ) -> None:
         """Wrap a detection criterion.
 
@@ -152,54 +162,111 @@ class CWDLoss:
             tau: Temperature of the softmax.
             normalize: Whether both sides are standardized first.
             weight: Overall weight.
+            balanced: Whether the weights of the levels are shares of the task's gradient.
+            classes: The student's classes whose maps are compared with the teacher's, in the order in which the teacher
+                has them.
+            class_weight: Their weight beside a level's, always a share; 0 leaves them out.
+            device: Where the student is.
         """
         self.criterion = criterion
         self.adapters = adapters
         self.levels = list(levels)
-        self.level_weights = list(level_weights or [1.0] * len(self.levels))
         self.tau = tau
         self.normalize = normalize
         self.weight = weight
+        self.classes = list(classes) if class_weight else []
+        names = [level.name for level in self.levels] + [CLASS_MAPS] * bool(self.classes)
+        self.meter = GradientMeter(names, device)
+        weights = [*(level_weights or [1.0] * len(self.levels)), class_weight][: len(names)]
+        self._shares = torch.tensor(weights, device=device)  # of the overall weight [K]
+        self._balanced = torch.tensor([balanced] * len(self.levels) + [True] * bool(self.classes), device=device)
         self.dropped: Tensor | int = 0
-        self._sums, self._calls = torch.zeros(len(self.levels)), 0
+        self._sums, self._calls = torch.zeros(2, len(names)), 0
 
     def begin_epoch(self, weight: float) -> None:
-        """Set the overall weight, and begin new means of the levels' terms."""
+        """Set the overall weight, and begin new means of the terms."""
         self.weight = weight
-        self._sums, self._calls = torch.zeros(len(self.levels)), 0
+        self._sums, self._calls = torch.zeros_like(self._sums), 0
+        self.meter.begin_epoch()
+
+    @property
+    def weights(self) -> Tensor:
+        """The weight of every term now [K]; 0 for a balanced one of which nothing is known yet."""
+        ratios = torch.where(self._balanced, self.meter.ratios.nan_to_num(0.0).clamp_max(MOST), 1.0)
+        return self.weight * self._shares * ratios
 
     @property
     def levels_mean(self) -> dict[str, float]:
-        """The mean over the calls since the epoch began; the items hold the sum alone, to keep progress bars narrow."""
-        means = (self._sums / max(self._calls, 1)).tolist()
-        return {f"{level.name}_loss": mean for level, mean in zip(self.levels, means, strict=True)}
+        """The mean weighted term by column; the items hold the sum alone, to keep progress bars narrow."""
+        return {f"{name}_loss": mean for name, mean in self.columns["loss"].items()}
+
+    @property
+    def columns(self) -> dict[str, dict[str, float]]:
+        """What happened since the epoch began, by kind and name.
+
+        `loss`: the mean weighted term; `share`: its gradient beside the task's; `nats`: the mean divergence itself.
+        """
+        terms, nats = (self._sums / max(self._calls, 1)).tolist()
+        names = self.meter.names
+        return {
+            "loss": dict(zip(names, terms, strict=True)),
+            "share": self.meter.shares,
+            "nats": dict(zip(names, nats, strict=True)),
+        }
 
     def __call__(self, preds: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss vector, scaled by the batch size as Ultralytics' own terms are, and its detached items.
 
-        The items are those of the detection loss and `cwd_loss`, the weighted sum over the levels.
+        The items are those of the detection loss and `cwd_loss`, the weighted sum over the terms.
 
         Args:
             preds: What the student's head returned. Predictions of the evaluation mode get the detection loss alone.
-            batch: Ultralytics' batch; `img` holds images [N, 3, H, W] in 0 to 1, and `teacher_maps` the teacher's
-                pyramid of them, which is taken out to free it after use. Without it the divergences are 0.
+            batch: Ultralytics' batch; `img` holds images [N, 3, H, W] in 0 to 1, and `teacher_maps` what the teacher
+                makes of them, which is taken out to free it after use. Without it the divergences are 0.
         """
         loss, items = self.criterion(preds, batch)
         if not isinstance(preds, dict):
             return loss, items
-        pyramid: Any = batch.pop("teacher_maps", None)
-        if pyramid is None:
-            terms = torch.zeros(len(self.levels), device=loss.device)
+        lesson: Any = batch.pop("teacher_maps", None)
+        if lesson is None:
+            divergences = terms = torch.zeros(len(self.meter.names), device=loss.device)
         else:
-            terms = torch.stack(self.divergences(student_features(preds), pyramid))
-            finite = terms.isfinite()
+            divergences = torch.stack(self.compare(*self._watched(preds), lesson))
+            finite = divergences.isfinite()
             self.dropped = self.dropped + (~finite).sum().detach()  # on the device: reading it would wait for the step
-            terms = torch.where(finite, terms, 0)
-            terms = terms * terms.new_tensor(self.level_weights) * self.weight
+            divergences = torch.where(finite, divergences, 0)
+            terms = divergences * self.weights.to(divergences.device)
             loss = torch.cat([loss, terms * len(batch["img"])])
-        terms = terms.detach()
-        self._sums, self._calls = self._sums.to(terms.device) + terms, self._calls + 1
-        return loss, {**items, "cwd_loss": terms.sum()}
+        self._sums = self._sums.to(terms.device) + torch.stack([terms, divergences]).detach()
+        self._calls += 1
+        return loss, {**items, "cwd_loss": terms.detach().sum()}
+
+    def _watched(self, preds: dict[str, Any]) -> tuple[list[Tensor], Tensor | None]:
+        features = list(student_features(preds))
+        for i, level in enumerate(self.levels):
+            features[level.student_index] = self.meter.watch(i, features[level.student_index])
+        return features, self.meter.watch(len(self.levels), student_scores(preds)) if self.classes else None
+
+    def compare(self, features: Sequence[Tensor], scores: Tensor | None, lesson: Sequence[Tensor]) -> list[Tensor]:
+        """Return the unweighted divergence of every distilled level, and last that of the class maps if they count.
+
+        Args:
+            features: The student's pyramid, one map [N, C, H, W] for each input of its head.
+            scores: The logits of its classes [N, classes, positions of all levels].
+            lesson: The teacher's pyramid, and after it the logits [N, classes, H, W] of its classes level by level.
+        """
+        found = self.divergences(features, lesson)
+        if not self.classes or scores is None:
+            return found
+        sizes = [maps.shape[-2] * maps.shape[-1] for maps in features]
+        taught = lesson[len(lesson) // 2 :]
+
+        def divergence(leaf: Tensor) -> Tensor:
+            ours = torch.split(leaf, sizes, dim=-1)  # [N, classes, HW] a level
+            pairs = [(ours[x.student_index][:, self.classes], taught[x.teacher_index].flatten(2)) for x in self.levels]
+            return torch.stack([channel_wise_divergence(s, t, self.tau) for s, t in pairs]).sum()
+
+        return [*found, _Known.apply([value_and_gradient(divergence, scores, [])], scores)]
 
     def divergences(self, features: Sequence[Tensor], pyramid: Sequence[Tensor]) -> list[Tensor]:
         """Return the unweighted divergence of every distilled level.

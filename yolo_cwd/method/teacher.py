@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import is_zipfile
@@ -17,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ultralytics.nn import tasks
+from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 from ultralytics.utils.checks import check_model_file_from_stem
+from ultralytics.utils.torch_utils import fuse_conv_and_bn
 
 from yolo_cwd.config import ConfigError, first_line
 from yolo_cwd.method.fpn import pyramid_taps
@@ -88,7 +91,9 @@ class Teacher(nn.Module):
         self.precision = Precision("fp32")
         body: Any = model.float().eval()
         body.__dict__.pop("criterion", None)
-        body.model[-1] = _HeadInputs(body.model[-1])
+        head = body.model[-1]
+        body.model[-1] = _HeadInputs(head)
+        self._class_branches = getattr(head, "cv3", None) or getattr(head, "one2one_cv3", None)
         self.body = body.fuse(verbose=False).requires_grad_(False)
         self._grid = max(self.taps)
 
@@ -100,6 +105,24 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> Teacher:
         """Stay in evaluation mode, whatever the mode of the training around it."""
         return super().train(False)
+
+    def show_classes(self, names: Sequence[str]) -> list[int]:
+        """Return its class maps as well from now on, of those of the named classes that it knows.
+
+        Args:
+            names: The classes of the data.
+
+        Returns:
+            The positions in `names` of the classes that it knows, in which order their maps come.
+        """
+        ours = {name: i for i, name in self.names.items()}
+        known = [i for i, name in enumerate(names) if name in ours]
+        if known and self._class_branches is not None:
+            branches = deepcopy(self._class_branches).float().eval()
+            _fuse(branches)
+            self.body.model[-1].show(branches.requires_grad_(False), [ours[names[i]] for i in known])
+            return known
+        return []
 
     def settle(self, device: torch.device) -> None:
         """Move to the device of the training, the weights in the order that is fastest there.
@@ -113,6 +136,8 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the maps [N, C, H/stride, W/stride] of images [N, C, H, W], finest level first, in its precision.
 
+        Those of the pyramid, and after them, if classes have been chosen, the logits of these in the same order.
+
         Images whose size is no multiple of the coarsest stride are padded as Ultralytics pads them, and the maps cut
         back: a student without a P6 may train at sizes that a teacher with one does not take.
         """
@@ -123,7 +148,7 @@ class Teacher(nn.Module):
         parts = in_parts(self._maps, _parts(images), images.device)
         maps = parts[0] if len(parts) == 1 else [torch.cat(level) for level in zip(*parts, strict=True)]
         if any(padding):
-            maps = [m[..., : height // s, : width // s] for m, s in zip(maps, self.taps, strict=True)]
+            maps = [m[..., : height // s, : width // s] for m, s in zip(maps, cycle(self.taps))]
         return maps
 
     @torch.no_grad()
@@ -220,14 +245,30 @@ def wait_for(device: torch.device) -> None:
 
 
 class _HeadInputs(nn.Module):
-    """Stands in the place of a detection head and returns what the head would have received."""
+    """Stands in the place of a detection head and returns what the head would have received, and its class maps."""
 
     def __init__(self, head: Any) -> None:
         super().__init__()
         self.__dict__.update(f=head.f, i=head.i, type=head.type)  # how a YOLO model routes its layers
+        self.branches = nn.ModuleList()
+        self.classes: list[int] = []
+
+    def show(self, branches: nn.ModuleList, classes: list[int]) -> None:
+        self.branches, self.classes = branches, classes
 
     def forward(self, maps: Iterable[Tensor]) -> list[Tensor]:
-        return list(maps)
+        maps = list(maps)
+        shown = [branch(m)[:, self.classes] for branch, m in zip(self.branches, maps, strict=False)]
+        return [*maps, *shown]
+
+
+def _fuse(module: nn.Module) -> None:
+    """Fold batch normalization into the convolutions of a part of a model, as Ultralytics does for a whole one."""
+    for layer in module.modules():
+        if isinstance(layer, Conv) and hasattr(layer, "bn"):
+            layer.conv = fuse_conv_and_bn(layer.conv, layer.bn)
+            delattr(layer, "bn")
+            layer.forward = layer.forward_fuse
 
 
 def load_teacher(source: Any, trust: bool = False) -> Teacher:

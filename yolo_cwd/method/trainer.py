@@ -13,17 +13,25 @@ Teacher and adapters belong to the trainer, never to the student: every checkpoi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK, colorstr
-from ultralytics.utils.torch_utils import unwrap_model
+from ultralytics.utils import DEFAULT_CFG_DICT, LOCAL_RANK, LOGGER, RANK, colorstr
+from ultralytics.utils.torch_utils import autocast, unwrap_model
 
 from yolo_cwd import digits
 from yolo_cwd.config import WEIGHT_COLUMN, ConfigError, first_line, unusable_data
-from yolo_cwd.method.fpn import Level, build_adapters, match_levels, pyramid_taps
-from yolo_cwd.method.loss import CWDLoss
+from yolo_cwd.method.fit import FITTED, MEASURED, fit, measure, random_numbers_untouched
+from yolo_cwd.method.fpn import (
+    Level,
+    build_adapters,
+    match_levels,
+    pyramid_taps,
+)
+from yolo_cwd.method.loss import CLASS_MAPS, CWDLoss
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.run import distributed, request
 from yolo_cwd.run.resumable import ResumableTrainer
@@ -37,6 +45,7 @@ class DistillingTrainer(ResumableTrainer):
     Attributes:
         cwd: The checked options.
         teacher: The frozen teacher.
+        pretrained: Whether the student came with weights.
         levels: The distilled levels, finest first; known once the student is built.
         level_weights: The weight of each of them, before the overall weight.
         adapters: One module a level, from student to teacher channels, trained with the student.
@@ -68,8 +77,12 @@ class DistillingTrainer(ResumableTrainer):
             arguments["data"] = digits.resolve(arguments.get("data", asked.base["data"]))
         self.levels: list[Level] = []
         self.level_weights: list[float] = []
+        self.classes: list[int] = []
+        self.class_weight = 0.0
         self.criterion: CWDLoss | None = None
         self._batches = 0
+        self.pretrained = False
+        self.explained: list[float] = []
         super().__init__(asked, arguments, _callbacks)
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -80,6 +93,8 @@ class DistillingTrainer(ResumableTrainer):
         """
         batch = super().preprocess_batch(batch)
         if self.criterion is not None and self.criterion.weight and self._batches % self.cwd.cwd_every == 0:
+            if self.args.compile and self._batches == 0:  # what flows inside a compiled graph cannot be watched
+                measure(self.criterion, unwrap_model(self.model), self.teacher, batch)
             batch["teacher_maps"] = self.teacher(batch["img"])
         self._batches += 1
         return batch
@@ -90,10 +105,17 @@ class DistillingTrainer(ResumableTrainer):
         By its own norm, so that the student is clipped as it would be without adapters. The gradients still carry the
         loss scale here, and so does the bound.
         """
+        if self.criterion is not None and self.cwd.cwd:
+            self.criterion.meter.step(self.criterion.weights)
         if adapters := list(self.adapters.parameters()):
             distributed.average_gradients(adapters)
             nn.utils.clip_grad_norm_(adapters, max_norm=STUDENT_CLIP_NORM * self.scaler.get_scale())
         super().optimizer_step()
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
+        """Build the student as Ultralytics does, and remember whether it came with weights."""
+        self.pretrained = weights is not None
+        return super().get_model(cfg, weights, verbose)
 
     def setup_model(self) -> Any:
         """Build the student, match its pyramid with the teacher's, and make the adapters."""
@@ -104,6 +126,7 @@ class DistillingTrainer(ResumableTrainer):
             reason = f"student={self.args.model}: {first_line(error)}"
             raise ConfigError(f"{reason}; give an existing .pt checkpoint or .yaml model of a detector") from error
         student = pyramid_taps(self.model, f"student={self.args.model}")
+        self.cwd = self.cwd.resolved(self.pretrained)
         self.levels = match_levels(student, self.teacher.taps, self.cwd.levels)
         self.level_weights = self.cwd.weights_of([level.name for level in self.levels])
         if self.teacher.image_channels != self.data["channels"]:
@@ -116,6 +139,9 @@ class DistillingTrainer(ResumableTrainer):
         self.adapters = build_adapters(self.levels, self.cwd.adapter).to(self.device)
         distributed.spread(self.adapters)
         if self.cwd.cwd:
+            self.class_weight = float(self.cwd.class_share) / self.cwd.strength
+            if self.class_weight:
+                self.classes = self.teacher.show_classes(list(self.data["names"].values()))
             self.teacher.settle(self.device)
         return checkpoint
 
@@ -140,7 +166,15 @@ class DistillingTrainer(ResumableTrainer):
             level_weights=self.level_weights,
             tau=self.cwd.tau,
             normalize=self.cwd.normalize,
+            balanced=self.cwd.balanced,
+            classes=self.classes,
+            class_weight=self.class_weight,
+            device=self.device,
         )
+        if self.cwd.cwd and self.resume:
+            self.criterion.meter.restore(self.state.measured)
+        elif self.cwd.cwd:
+            self._prepare()
         begun_with = student.yaml.get("yaml_file") if self.resume else self.args.model
         begun_with = self.state.options.get("student") or str(begun_with)
         self.state.options = request.plain_options(self.cwd, begun_with, [level.stride for level in self.levels])
@@ -158,6 +192,30 @@ class DistillingTrainer(ResumableTrainer):
             if not first:
                 self.teacher.calibrate(chosen, image)
 
+    def _prepare(self) -> None:
+        """Fit the adapters, and measure the first gradients, on some batches of training images.
+
+        No random number is used up: the training sees the same images as it would without.
+        """
+        assert self.criterion is not None
+        parts = self.criterion, unwrap_model(self.model), self.teacher
+        with random_numbers_untouched(), autocast(self.amp, device=self.device.type):
+            batches = self._training_batches()
+            if self.cwd.adapter == "fitted":
+                self.explained = fit(*parts, islice(batches, FITTED))
+            for batch in islice(batches, MEASURED):
+                measure(*parts, batch)
+
+    def _training_batches(self) -> Iterator[dict[str, Any]]:
+        """Yield batches of training images without end, from a loader of their own in this process."""
+        cache, workers = self.args.cache, self.args.workers
+        self.args.cache, self.args.workers = False, 0
+        size = self.batch_size // max(self.world_size, 1)
+        loader = self.get_dataloader(self.data["train"], batch_size=size, rank=LOCAL_RANK, mode="train")
+        self.args.cache, self.args.workers = cache, workers
+        while True:
+            yield from map(super().preprocess_batch, loader)
+
     def _begin_epoch(self) -> None:
         assert self.criterion is not None
         self.teacher.eval().requires_grad_(False)  # whatever a callback has done to it
@@ -170,10 +228,15 @@ class DistillingTrainer(ResumableTrainer):
             LOGGER.warning(f"{colorstr('CWD:')} {dropped} terms of this epoch were not finite and have been left out")
             self.criterion.dropped = 0
 
+    def measured(self) -> list[list[float]]:
+        """Return what the meter has measured, by which a resumed run goes on."""
+        return self.criterion.meter.means.tolist() if self.criterion is not None else []
+
     @property
     def weights_by_level(self) -> dict[str, float]:
-        """The weight of every distilled level by its name, before the overall weight."""
-        return {level.name: weight for level, weight in zip(self.levels, self.level_weights, strict=True)}
+        """The weight of every distilled level by its name, and of the class maps, before the overall weight."""
+        weights = {level.name: weight for level, weight in zip(self.levels, self.level_weights, strict=True)}
+        return {**weights, CLASS_MAPS: self.class_weight} if self.classes else weights
 
     def label_loss_items(self, loss_items: dict[str, Any] | None = None, prefix: str = "train") -> Any:
         """Label the loss items, in training with the term of every level before their sum, and with the weight.
@@ -188,8 +251,12 @@ class DistillingTrainer(ResumableTrainer):
         ours = {total: labels.pop(total, 0.0)}
         if prefix == "val" or self.criterion is None:
             return labels
-        levels = {f"{prefix}/{name}": mean for name, mean in self.criterion.levels_mean.items()}
-        return {**labels, **levels, **ours, WEIGHT_COLUMN: self.criterion.weight / self.cwd.cwd_every}
+        kinds = {
+            kind: {f"{prefix}/{name}_{kind}": value for name, value in values.items()}
+            for kind, values in self.criterion.columns.items()
+        }
+        weight = {WEIGHT_COLUMN: self.criterion.weight / self.cwd.cwd_every}
+        return {**labels, **kinds["loss"], **ours, **weight, **kinds["share"], **kinds["nats"]}
 
     def get_dataset(self) -> Any:
         """Resolve `data` as Ultralytics does."""

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,14 @@ def drop_rows_after(table: Path, epoch: int) -> None:
     epochs = [row.split(",")[0].strip() if row.count(",") == header.count(",") else "" for row in rows]
     kept = [row for row, e in zip(rows, epochs, strict=True) if e.isdecimal() and int(e) <= epoch]
     write_whole(table, "\n".join([header, *kept]) + "\n")
+
+
+def widen(table: Path, columns: Sequence[str]) -> None:
+    """Give a `results.csv` these columns, nan in the rows that it has: a run may go on under a newer release."""
+    if not table.exists():
+        return
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if rows and list(rows[0]) != list(columns):
+        lines = [",".join(row.get(name) or "nan" for name in columns) for row in rows]
+        write_whole(table, "\n".join([",".join(columns), *lines]) + "\n")

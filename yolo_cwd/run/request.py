@@ -64,7 +64,7 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
     if checkpoint:
         arguments["resume"] = arguments["model"] = str(checkpoint)
         state = load_state(checkpoint)
-        options = _options_of_resumed_run(state, options)
+        options = {"class_share": 0.0, **_options_of_resumed_run(state, options)}  # runs of 0.1 had no class maps
     else:
         arguments["model"] = student_path(student, model, base["model"])
         state = RunState({})

@@ -13,7 +13,7 @@ from torch import nn
 from ultralytics.utils import RANK
 
 from yolo_cwd.run import distributed
-from yolo_cwd.run.files import checkpoints_written_whole, drop_rows_after, optimizers_stripped_whole
+from yolo_cwd.run.files import checkpoints_written_whole, drop_rows_after, optimizers_stripped_whole, widen
 from yolo_cwd.run.folder import RunFolder
 from yolo_cwd.run.request import Request
 from yolo_cwd.run.state import FILE as STATE_FILE
@@ -62,13 +62,23 @@ class ResumableTrainer(distributed.ProcessTrainer):
                 setattr(self.args, name, value)
         super().train()
 
+    def measured(self) -> list[list[float]]:
+        """Return what else a resumed training has to know, as plain numbers."""
+        return []
+
     def save_model(self) -> Any:
         """Write the checkpoints, with the optimizer's state of the student alone; ours lies beside them."""
-        self.state.remember(self.epoch, self.adapters, self.optimizer)
+        self.state.remember(self.epoch, self.adapters, self.optimizer, self.measured())
         self.wdir.mkdir(parents=True, exist_ok=True)
         self.state.save(self.wdir)
         with self._adapters_set_aside(), checkpoints_written_whole(self):
             return super().save_model()
+
+    def save_metrics(self, metrics: dict[str, Any]) -> None:
+        """Append a row to `results.csv`."""
+        if self.resume:
+            widen(self.csv, ["epoch", "time", *metrics])
+        super().save_metrics(metrics)
 
     def final_eval(self) -> None:
         """Strip and score the checkpoints as Ultralytics does; a finished run needs no state to go on from."""

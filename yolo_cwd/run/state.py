@@ -29,6 +29,7 @@ class RunState:
     Attributes:
         options: The run's options as plain values; `teacher` is None where it was given as an object.
         epochs: By epoch (counted from 0) the adapters' parameters and their optimizer state, on the CPU.
+        measured: What the gradient meter had measured at the end of the restored epoch.
         start: By level the divergence of every channel on a few images before training [N, C]; empty without `plots`.
     """
 
@@ -39,14 +40,17 @@ class RunState:
         start: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Start with what is known."""
+        self.measured: list[list[float]] = []
         self.options = dict(options)
         self.epochs: dict[int, Any] = dict(epochs or {})
         self.start: dict[str, Tensor] = dict(start or {})
 
-    def remember(self, epoch: int, adapters: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def remember(
+        self, epoch: int, adapters: nn.Module, optimizer: torch.optim.Optimizer, measured: list[list[float]]
+    ) -> None:
         """Keep the state at the end of an epoch, and forget all but the last few."""
         moments = [_to_cpu(optimizer.state.get(p, {})) for p in adapters.parameters()]
-        self.epochs[epoch] = {"adapters": _to_cpu(adapters.state_dict()), "optimizer": moments}
+        self.epochs[epoch] = {"adapters": _to_cpu(adapters.state_dict()), "optimizer": moments, "measured": measured}
         self.epochs = {e: self.epochs[e] for e in sorted(self.epochs) if epoch - KEPT_EPOCHS < e <= epoch}
 
     def restore(self, epoch: int, adapters: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -66,6 +70,7 @@ class RunState:
                 f"{list(theirs.values())}; resume with the teacher it began with"
             )
         adapters.load_state_dict(saved["adapters"])
+        self.measured = saved.get("measured", [])
         for parameter, moments in zip(adapters.parameters(), saved["optimizer"], strict=True):
             optimizer.state[parameter] = {name: _beside(parameter, value) for name, value in moments.items()}
 

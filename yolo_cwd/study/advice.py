@@ -8,6 +8,7 @@ from typing import Any
 
 WORTHWHILE = 0.05  # lead of a teacher in mAP50-95: with 0.06 a gain has been measured, with 0.04 none
 WIDTH = 99
+DROWNED = 2.0  # a share above which a pretrained student loses by distillation
 
 
 def compare_classes(teacher: dict[int, str], other: dict[int, str], whose: str) -> str:
@@ -60,6 +61,24 @@ def verdict(same_classes: bool, teacher: float | None, student: float | None) ->
     return f"yes: the teacher leads the student by {100 * lead:.1f} points; 'yolo_cwd compare' tells the gain"
 
 
+def balance(levels: list[dict[str, Any]], balanced: bool, pretrained: bool) -> str:
+    """Say how the gradient of distillation compares with the task's own, and with that of a fixed weight.
+
+    Args:
+        levels: The levels, each with its `name`, its `share` and the `fixed_share` under a fixed weight.
+        balanced: Whether the weights follow the gradients.
+        pretrained: Whether the student came with weights.
+    """
+    drowned = [f"{x['name']} ({x['fixed_share']:.2g}x)" for x in levels if x["fixed_share"] > DROWNED]
+    if balanced:
+        kept = "distillation keeps to its share of the gradient at every level"
+        return f"{kept}; a fixed cwd=100 would drown the task at {', '.join(drowned)}" if drowned else kept
+    over = [f"{x['name']} ({x['share']:.2g}x)" for x in levels if x["share"] > DROWNED]
+    if over and pretrained:
+        return f"warning: distillation drowns the task at {', '.join(over)}; cwd=balanced keeps it to a share"
+    return "fixed weights; from scratch the student's backbone learns through them" if over else "fixed weights"
+
+
 def as_text(found: dict[str, Any]) -> str:
     """Return the findings in words and tables for a terminal of 100 columns."""
     lines = []
@@ -68,10 +87,11 @@ def as_text(found: dict[str, Any]) -> str:
         name = model["model"] if len(model["model"]) <= 38 else "..." + model["model"][-35:]
         size = f"{model['parameters'] / 1e6:6.2f}M parameters, {model['gflops']:6.1f} GFLOPs {part}"
         lines.append(f"{who}  {name:38}  {size}")
-    lines += ["", f"level  stride      map  {'student':>9}  {'teacher':>9}  {'adapter':>9}  weight"]
+    lines += ["", f"level  stride      map  {'student':>9}  {'teacher':>9}  {'adapter':>9}  {'share':>7}  cwd=100"]
     for x in found["levels"]:
         channels = f"{x['student_channels']:9,}  {x['teacher_channels']:9,}  {x['adapter_parameters']:9,}"
-        lines.append(f"{x['name']:5}  {x['stride']:6}  {x['map']:3}x{x['map']:<3}  {channels}  {x['weight']:6g}")
+        shares = f"{x['share']:6.2g}x  {x['fixed_share']:6.2g}x"
+        lines.append(f"{x['name']:5}  {x['stride']:6}  {x['map']:3}x{x['map']:<3}  {channels}  {shares}")
     where = f"batch {found['batch']}, {found['imgsz']} px, {found['device']}"
     on = "the embedded digits" if found["data"] is None else "the data"
     holds = "allocated on the GPU" if "cuda" in found["device"] else "resident memory of the process"
@@ -81,6 +101,8 @@ def as_text(found: dict[str, Any]) -> str:
         "memory": f"{peaks['distilled']:,} MiB at its peak, {peaks['plain']:,} MiB for a plain step ({holds})",
         "teacher": f"calculates in {found['teacher']['precision']}",
     }
+    if found["levels"]:
+        paragraphs["share"] = balance(found["levels"], found["balanced"], found["pretrained"])
     if "map50_95" in found:
         known = {who: value for who, value in found["map50_95"].items() if value is not None}
         shown = ", ".join(f"{who} {100 * value:.1f}" for who, value in known.items())

@@ -27,7 +27,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import autocast, get_flops, parse_device, unset_deterministic, unwrap_model
 
 from yolo_cwd import digits
-from yolo_cwd.config import ConfigError, first_line
+from yolo_cwd.config import FROM_SCRATCH, ConfigError, first_line
 from yolo_cwd.method.teacher import wait_for
 from yolo_cwd.study.advice import as_text, compare_classes, verdict
 from yolo_cwd.study.compare import score
@@ -122,12 +122,14 @@ def examine(words: dict[str, Any], folder: Path) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in student.parameters()),
             "gflops": round(get_flops(student, size), 1),
         },
-        "levels": _levels(trainer),
+        "pretrained": trainer.pretrained,
+        "balanced": trainer.cwd.balanced,
         "data": None if embedded else str(trainer.args.data),
         "device": str(trainer.device),
         "batch": trainer.batch_size,
         "imgsz": size,
         **_cost(trainer),
+        "levels": _levels(trainer),
         "classes": _classes(trainer, embedded),
     }
     if embedded:
@@ -178,11 +180,14 @@ def _score(model: str, arguments: dict[str, Any], folder: Path) -> float | None:
 
 
 def _levels(trainer: CWDTrainer) -> list[dict[str, Any]]:
-    rows = []
-    for level, adapter, weight in zip(trainer.levels, trainer.adapters, trainer.level_weights, strict=True):
+    assert trainer.criterion is not None
+    rows, meter = [], trainer.criterion.meter
+    fixed = (FROM_SCRATCH / meter.ratios).tolist()
+    for i, (level, adapter) in enumerate(zip(trainer.levels, trainer.adapters, strict=True)):
         row = {"name": level.name, "stride": level.stride, "map": trainer.args.imgsz // level.stride}
         row |= {"student_channels": level.student_channels, "teacher_channels": level.teacher_channels}
-        rows.append({**row, "adapter_parameters": sum(p.numel() for p in adapter.parameters()), "weight": weight})
+        rows.append({**row, "adapter_parameters": sum(p.numel() for p in adapter.parameters())})
+        rows[-1] |= {"weight": trainer.level_weights[i], "share": meter.shares[level.name], "fixed_share": fixed[i]}
     return rows
 
 
@@ -196,7 +201,7 @@ def _cost(trainer: CWDTrainer) -> dict[str, Any]:
     _say("timing steps")
     trainer._model_train()
     batches = [batch for batch, _ in zip(trainer.train_loader, range(BATCHES), strict=False)]
-    weights = {"plain": 0.0, "distilled": trainer.cwd.cwd}
+    weights = {"plain": 0.0, "distilled": trainer.cwd.strength}
     memory: dict[str, float] = {}
     times: dict[str, list[float]] = {arm: [] for arm in weights}
     try:

@@ -46,11 +46,12 @@ from yolo_cwd.config import (
     first_line,
     split_options,
     unusable_data,
+    with_suffix,
 )
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.run.files import drop_rows_after, write_whole
 from yolo_cwd.run.request import EXTRA_ARGUMENTS, refuse_unsupported, student_path
-from yolo_cwd.study.summary import RECORD, as_text, table, write_summary
+from yolo_cwd.study.summary import BASELINE, RECORD, as_text, table, write_summary
 from yolo_cwd.trainer import CWDTrainer
 from yolo_cwd.view.report import SCORE, read_rows
 
@@ -61,11 +62,19 @@ POLL_SECONDS = 2.0
 
 
 class Arm(NamedTuple):
-    """A named way of training the student: one of `METHODS`, with arguments and options of its own."""
+    """A named way of training: one of `METHODS`, with arguments and options of its own, teacher and student included.
+
+    Attributes:
+        name: What it is shown as.
+        method: One of `METHODS`.
+        arguments: Its arguments and options.
+        against: The arm that its scores are compared with.
+    """
 
     name: str
     method: str
     arguments: dict[str, Any]
+    against: str = BASELINE
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ class Comparison:
         arms = parse_arms(own.get("arms", ",".join(METHODS)))
         for arm in arms:
             arm_options, arm_arguments = split_options(arm.arguments)
-            Settings.parse({**options, **arm_options, "teacher": teacher})
+            Settings.parse({**options, "teacher": teacher, **arm_options})
             _check({**arguments, **arm_arguments})
         folder = own.get("folder") or get_save_dir(
             SimpleNamespace(project="", task="detect", name="compare", mode="train", exist_ok=True)
@@ -137,8 +146,13 @@ class Comparison:
             "split": self.split,
             "seeds": list(self.seeds),
             "arguments": self.arguments,
-            "arms": {arm.name: {"method": arm.method, **arm.arguments} for arm in self.arms},
+            "arms": {arm.name: _plain(arm) for arm in self.arms},
         }
+
+
+def _plain(arm: Arm) -> dict[str, Any]:
+    against = {} if arm.against == BASELINE else {"against": arm.against}
+    return {"method": arm.method, **arm.arguments, **against}
 
 
 def _check(arguments: dict[str, Any]) -> None:
@@ -170,7 +184,8 @@ def parse_seeds(value: Any) -> tuple[int, ...]:
 def parse_arms(value: Any) -> tuple[Arm, ...]:
     """Return the arms of `plain,cwd:tau=2,cwd=20,builtin`, or of a YAML file that maps names to option sets.
 
-    In the file, an option set may name its `method`; otherwise the arm's name must be one of `METHODS`.
+    In the file, an option set may name its `method`; otherwise the arm's name must be one of `METHODS`. It may
+    also name a `teacher` and a `student` of its own, and `against`, the arm that it is compared with.
 
     Raises:
         ConfigError: If there is no arm, two of one name, an unknown method, or an unknown option.
@@ -181,11 +196,22 @@ def parse_arms(value: Any) -> tuple[Arm, ...]:
         method = arguments.pop("method", name.split(":")[0])
         if method not in METHODS:
             raise ConfigError(f"arms={name}: its method {method} is none of {', '.join(METHODS)}")
+        against = arguments.pop("against", BASELINE)
         check_names(arguments, {*OPTIONS, *DEFAULT_CFG_DICT, *EXTRA_ARGUMENTS})
-        arms.append(Arm("".join(c if c.isalnum() or c in "._=-" else "_" for c in name), method, arguments))
-    if len({arm.name for arm in arms}) != len(arms) or not arms:
+        if arguments.keys() & {"student", "model"}:
+            arguments["model"] = student_path(arguments.pop("student", None), arguments.get("model"), None)
+        arms.append(Arm(_file_name(name), method, arguments, _file_name(against)))
+    names = {arm.name for arm in arms}
+    if len(names) != len(arms) or not arms:
         raise ConfigError(f"arms={value}: must name at least one arm, and none twice, such as arms=plain,cwd,builtin")
+    for arm in arms:
+        if arm.against not in {BASELINE, *names}:
+            raise ConfigError(f"against={arm.against}: arm {arm.name} is compared with an arm that there is not")
     return tuple(arms)
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._=-" else "_" for c in name)
 
 
 def _arms_of_words(value: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -225,7 +251,8 @@ def run(words: dict[str, Any]) -> dict[str, Any]:
         ConfigError: If they cannot be used, or if the folder holds another comparison.
     """
     comparison = Comparison.parse(words)
-    load_teacher(comparison.teacher)
+    for teacher in {comparison.teacher, *(arm.arguments.get("teacher", comparison.teacher) for arm in comparison.arms)}:
+        load_teacher(with_suffix(str(teacher)))
     comparison.arguments["data"] = digits.resolve(comparison.arguments["data"])
     classes = _classes_of_data(comparison)
     _claim_folder(comparison)
@@ -312,7 +339,8 @@ def train_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
     folder = comparison.folder / "runs" / _name(arm, seed)
     words = {**comparison.arguments, **arm.arguments}
     place = {"seed": seed, "project": str(folder.parent), "name": folder.name, "exist_ok": True}
-    seconds = _train(arm.method, comparison.teacher, {**words, **place}, folder)
+    teacher = str(Settings.parse({"teacher": words.pop("teacher", comparison.teacher)}).teacher)
+    seconds = _train(arm.method, teacher, {**words, **place}, folder)
     weights = next(file for file in _checkpoints(folder) if file.exists())
     scores = score(weights, comparison.arguments, comparison.split, folder)
     curve = [row[SCORE] for row in read_rows(folder / "results.csv")] if words.get("val", True) else []

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +51,31 @@ def load_results(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, An
     return files.pop("teacher", None), list(files.values())
 
 
-def summarize(arms: list[str], teacher: dict[str, Any] | None, results: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(
+    arms: list[str],
+    teacher: dict[str, Any] | None,
+    results: list[dict[str, Any]],
+    against: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Return the statistics of a comparison.
 
     Args:
         arms: Names in the order to show them.
         teacher: The teacher's scores.
         results: The scores of the complete runs.
+        against: By arm the one that it is compared with, where that is not `plain`.
 
     Returns:
         For each arm the number of runs, mean and standard deviation of mAP50-95 (0 to 1), mean mAP50, the paired
-        difference to `plain` with its interval, the share of the gap to the teacher that it closes, the ratio of its
-        training time to `plain`'s, and the gain by class; and a verdict on the teacher.
+        difference to the arm it is compared with and its interval, the share of the gap to the teacher that it closes,
+        the ratio of the training times, and the gain by class; and a verdict on the teacher.
     """
     by_arm = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for arm in arms}
-    base = by_arm.get(BASELINE, {})
-    lines = {arm: _arm_statistics(runs, base, teacher) for arm, runs in by_arm.items() if runs}
+    lines = {}
+    for arm, runs in by_arm.items():
+        if runs:
+            other = (against or {}).get(arm, BASELINE)
+            lines[arm] = {"against": other, **_arm_statistics(runs, by_arm.get(other, {}), teacher)}
     return {
         "arms": lines,
         "teacher": teacher,
@@ -123,7 +133,8 @@ def write_summary(folder: Path) -> dict[str, Any]:
     """
     record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
     teacher, results = load_results(folder)
-    summary = {"comparison": record, **summarize(list(record["arms"]), teacher, results)}
+    against = {name: options["against"] for name, options in record["arms"].items() if "against" in options}
+    summary = {"comparison": record, **summarize(list(record["arms"]), teacher, results, against)}
     lines = table(summary)
     write_whole(folder / "summary.json", json.dumps({**summary, "runs": results}, indent=1))
     write_whole(folder / "summary.csv", _csv(results))
@@ -138,14 +149,15 @@ def _points(value: float | None, form: str = "+.1f") -> str:
 
 def table(summary: dict[str, Any]) -> list[list[str]]:
     """Return the table of a summary, header first: mAP in points (0 to 100), times relative to `plain`."""
-    header = ["arm", "runs", "mAP50-95", "sd", "mAP50", "vs plain", "95 % interval", "gap closed", "time"]
+    header = ["arm", "runs", "mAP50-95", "sd", "mAP50", f"vs {BASELINE}", "95 % interval", "gap closed", "time"]
     lines = [header]
     if teacher := summary["teacher"]:
         lines.append(
             ["teacher", "", _points(teacher["map50_95"], ".1f"), "", _points(teacher["map50"], ".1f"), *[""] * 4]
         )
     for name, arm in summary["arms"].items():
-        compared = name != BASELINE and arm["difference"] is not None
+        compared = name != arm["against"] and arm["difference"] is not None
+        against = "" if arm["against"] == BASELINE else f" ({arm['against']})"
         interval = arm["interval"] if compared else None
         lines.append(
             [
@@ -154,7 +166,7 @@ def table(summary: dict[str, Any]) -> list[list[str]]:
                 _points(arm["map50_95"], ".1f"),
                 _points(arm["sd"], ".1f"),
                 _points(arm["map50"], ".1f"),
-                _points(arm["difference"]) if compared else "",
+                _points(arm["difference"]) + against if compared else "",
                 f"{_points(interval[0])} to {_points(interval[1])}" if interval else "",
                 f"{arm['gap_closed']:.0%}" if compared and arm["gap_closed"] is not None else "",
                 f"{arm['time_ratio']:.2f}x" if arm["time_ratio"] else "",

@@ -23,7 +23,8 @@ class Curves(NamedTuple):
         detection: The detection loss in training, without our terms.
         weight: The overall weight.
         terms: By level the weighted term of the training loss.
-        divergence: By level the divergence itself, in nats, with the weights taken out; nan while they are 0.
+        divergence: By level the divergence itself, in nats; nan while the weights are 0.
+        shares: By level the norm of the divergence's gradient at the student's maps over that of the task's own.
         score: mAP50-95 on the validation images; 0 where an epoch was not validated.
     """
 
@@ -32,6 +33,7 @@ class Curves(NamedTuple):
     weight: list[float]
     terms: dict[str, list[float]]
     divergence: dict[str, list[float]]
+    shares: dict[str, list[float]]
     score: list[float]
 
 
@@ -41,33 +43,37 @@ def read_rows(table: Path) -> list[dict[str, float]]:
         return [{name.strip(): float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def read_curves(table: Path, level_weights: Mapping[str, float]) -> Curves:
+def read_curves(table: Path, weights: Mapping[str, float]) -> Curves:
     """Read the curves from a `results.csv`, so that they are whole after `resume` too.
 
     Args:
         table: The file.
-        level_weights: The weight of every distilled level by its name (`P3`), finest first.
+        weights: The weight of every term by its name: the distilled levels (`P3`), finest first, and the class maps.
     """
     rows = read_rows(table)
-    ours = {f"train/{name}_loss" for name in level_weights} | {"train/cwd_loss"}
+    ours = {f"train/{name}_loss" for name in weights} | {"train/cwd_loss"}
     detection = [n for n in rows[0] if n.startswith("train/") and n.endswith("_loss") and n not in ours]
-    terms = {name: [row[f"train/{name}_loss"] for row in rows] for name in level_weights}
+    terms = {name: [row[f"train/{name}_loss"] for row in rows] for name in weights}
     weight = [row[WEIGHT_COLUMN] for row in rows]
-    divergence = {
-        name: [
-            t / (w * level_weights[name]) if w * level_weights[name] else math.nan
-            for t, w in zip(values, weight, strict=True)
-        ]
-        for name, values in terms.items()
-    }
+    divergence = {name: [_divergence(row, name, weights[name]) for row in rows] for name in weights}
+    shares = {name: [row.get(f"train/{name}_share", math.nan) for row in rows] for name in weights}
     return Curves(
         epochs=[int(row["epoch"]) for row in rows],
         detection=[sum(row[name] for name in detection) for row in rows],
         weight=weight,
         terms=terms,
         divergence=divergence,
+        shares=shares,
         score=[row.get(SCORE, 0.0) for row in rows],
     )
+
+
+def _divergence(row: Mapping[str, float], name: str, weight: float) -> float:
+    weight *= row[WEIGHT_COLUMN]
+    nats = row.get(f"train/{name}_nats", math.nan)
+    if math.isnan(nats) and weight:  # a row of version 0.1, whose weights were fixed
+        return row[f"train/{name}_loss"] / weight
+    return nats if weight else math.nan
 
 
 def beginning(student: str, teacher: Teacher, settings: Settings, level_weights: Mapping[str, float]) -> str:

@@ -1,0 +1,66 @@
+"""Adapters that begin as the best linear map, and what fitting leaves untouched."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from yolo_cwd.method.fit import Regression, random_numbers_untouched, statistics_untouched
+
+
+def maps(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_linear_teacher_is_found_whatever_the_mean_of_its_channels() -> None:
+    weights = maps(5, 3, seed=0)  # from 3 channels to 5
+    regression = Regression()
+    for seed in range(1, 5):
+        student = maps(4, 3, 8, 8, seed=seed)
+        teacher = torch.einsum("dc,nchw->ndhw", weights, student) + maps(4, 5, 1, 1, seed=10 + seed)
+        regression.add(student, teacher)
+    found, explained = regression.solve()
+    assert torch.allclose(found, weights, atol=0.05)  # the ridge shrinks by a hundredth
+    assert explained == pytest.approx(1, abs=1e-3)
+
+
+def test_equals_ridge_regression_of_scikit_learn() -> None:
+    from sklearn.linear_model import Ridge
+
+    student, teacher = maps(2, 4, 6, 6, seed=1), maps(2, 3, 6, 6, seed=2)
+    regression = Regression()
+    regression.add(student, teacher)
+    x, y = (m.sub(m.mean((2, 3), keepdim=True)).permute(0, 2, 3, 1).reshape(-1, m.shape[1]) for m in (student, teacher))
+    penalty = 1e-2 * float((x.T @ x).diagonal().mean())
+    expected = Ridge(alpha=penalty, fit_intercept=False).fit(x.numpy(), y.numpy())
+    found, explained = regression.solve()
+    assert found.numpy() == pytest.approx(expected.coef_, abs=1e-5)
+    assert explained == pytest.approx(1 - ((expected.predict(x.numpy()) - y.numpy()) ** 2).sum() / (y**2).sum().item())
+
+
+def test_fitting_leaves_no_trace_in_the_student() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    model[1].train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    with statistics_untouched(model):
+        assert model.training
+        model(maps(2, 3, 4, 4, seed=0))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model[1].momentum == 0.1
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_fitting_uses_up_no_random_number() -> None:
+    def draw() -> list[Any]:
+        return [random.random(), np.random.rand(), torch.rand(1).item()]
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    expected = draw()
+    random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
+    with random_numbers_untouched():
+        draw()
+    assert draw() == expected

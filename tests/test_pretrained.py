@@ -1,0 +1,202 @@
+"""A student that comes with weights: shares of the gradient, fitted adapters, class maps."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from test_state import interrupted, resume
+from torch import nn
+from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import DetectionModel
+
+from yolo_cwd import CWDTrainer
+from yolo_cwd.method.fit import measure
+from yolo_cwd.method.teacher import Teacher
+from yolo_cwd.run.state import FILE, load_state
+
+PRETRAINED = Path(__file__).parents[2] / "shared" / "data" / "pretrained"
+Train = Callable[..., CWDTrainer]
+
+
+def settled(model: DetectionModel, data: str) -> DetectionModel:
+    """Give a model of random weights the normalization statistics of the data, as a trained one has them."""
+    images = [cv2.imread(str(file)) for file in sorted(Path(data).parent.glob("images/train/*.jpg"))]
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    with torch.no_grad():
+        model.train()(batch)
+    return model
+
+
+@pytest.fixture
+def student(tmp_path: Path, data: str) -> str:
+    """A detector of the ten digits."""
+    torch.manual_seed(1)
+    model = YOLO("yolov8n.yaml")
+    model.model = settled(DetectionModel("yolov8n.yaml", nc=10, verbose=False), data)
+    model.model.names = {i: str(i) for i in range(10)}
+    model.save(tmp_path / "student.pt")
+    return str(tmp_path / "student.pt")
+
+
+@pytest.fixture
+def teacher(data: str) -> DetectionModel:
+    """A detector that knows five of the digits, in an order of its own, and one thing more."""
+    torch.manual_seed(2)
+    model = settled(DetectionModel("yolov8n.yaml", nc=6, verbose=False), data)
+    model.names = {0: "7", 1: "tube", 2: "0", 3: "3", 4: "9", 5: "1"}
+    return model
+
+
+def table(trainer: CWDTrainer) -> list[dict[str, float]]:
+    with trainer.csv.open() as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def test_the_rule_follows_from_the_student(train: Train, student: str) -> None:
+    for model, cwd, adapter in ((student, "balanced", "fitted"), ("yolov8n.yaml", 100.0, "conv")):
+        trainer = train(model=model)
+        settings = yaml.safe_load((trainer.save_dir / "cwd.yaml").read_text())
+        assert (settings["cwd"], settings["adapter"]) == (cwd, adapter)
+
+
+def test_a_weight_that_is_given_is_fixed(train: Train, student: str) -> None:
+    trainer = train(model=student, cwd=10.0)
+    assert (trainer.criterion.weight, trainer.cwd.adapter) == (10.0, "conv")
+    assert trainer.criterion.weights.tolist() == [10.0, 10.0, 10.0]
+
+
+def test_distillation_gets_its_share_of_the_gradient(train: Train, student: str, teacher: DetectionModel) -> None:
+    options = {"share": 0.25, "class_share": 0.5, "level_weights": (1, 2, 1), "epochs": 12, "lr0": 1e-7}
+    row = table(train(model=student, teacher=teacher, **options))[-1]
+    for name, wanted in {"P3": 0.25, "P4": 0.5, "P5": 0.25, "classmap": 0.5}.items():
+        assert wanted / 2 < row[f"train/{name}_share"] < 2 * wanted, name  # gradients of random networks jump
+        assert row[f"train/{name}_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"levels": "P5", "class_share": 0.0}, id="level"),  # finer ones get gradients of coarser ones too
+        pytest.param({"share": 0.0, "class_share": 0.3}, id="class maps"),
+    ],
+)
+def test_the_weight_is_that_of_gradients_taken_apart(
+    train: Train, student: str, teacher: DetectionModel, options: dict[str, Any]
+) -> None:
+    """Two backward passes over the batch that was measured, of the detection loss and of all."""
+    shares: list[float] = []
+
+    def look(trainer: CWDTrainer) -> None:
+        criterion, batch = trainer.criterion, trainer.preprocess_batch(next(iter(trainer.train_loader)))
+        criterion.weight = 1.0
+        criterion.meter.means.zero_()
+        measure(criterion, trainer.model, trainer.teacher, batch)
+        batch["teacher_maps"] = trainer.teacher(batch["img"])
+        preds = trainer.model.train()(batch["img"])
+        maps = preds["scores"] if trainer.classes else preds["feats"][2]
+        losses = [loss(preds, batch)[0].sum() for loss in (criterion.criterion, criterion)]
+        task, whole = (torch.autograd.grad(loss, maps, retain_graph=True)[0] for loss in losses)
+        shares.append(float((whole - task).norm() / task.norm()))
+
+    train(model=student, teacher=teacher, callbacks={"on_train_start": look}, **{"share": 0.3, **options})
+    assert shares == pytest.approx([0.3], rel=1e-3)
+
+
+@pytest.mark.skipif(not PRETRAINED.exists(), reason="the checkpoints are not here")
+def test_adapters_begin_fitted(train: Train) -> None:
+    first = {}
+    student, teacher = (str(PRETRAINED / name) for name in ("yolov8n.pt", "yolo11n.pt"))
+    for adapter in ("conv", "fitted"):
+        trainer = train(model=student, teacher=teacher, adapter=adapter, lr0=1e-7, seed=1)
+        first[adapter] = [table(trainer)[0][f"train/{level}_nats"] for level in ("P3", "P4", "P5")]
+    assert all(0.1 < share <= 1 for share in trainer.explained)
+    assert all(fitted < random for fitted, random in zip(first["fitted"], first["conv"], strict=True))
+
+
+def test_the_training_sees_the_same_images_as_without_a_teacher(
+    train: Train, train_plain: Any, student: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[type, list[float]] = {}
+    prepare = DetectionTrainer.preprocess_batch
+
+    def note(trainer: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        if hasattr(trainer, "train_time_start"):  # the steps alone
+            seen.setdefault(type(trainer), []).append(float(batch["img"].sum()))
+        return prepare(trainer, batch)
+
+    monkeypatch.setattr(DetectionTrainer, "preprocess_batch", note)
+    for run in (train_plain, train):
+        run(model=student, mosaic=1.0, seed=3, workers=0)
+    assert len(seen[CWDTrainer]) == 2
+    assert seen[CWDTrainer] == seen[DetectionTrainer]
+
+
+def test_a_resumed_run_goes_on_with_its_rule_and_its_measurements(train: Train, tmp_path: Path, student: str) -> None:
+    last = interrupted(train, tmp_path, 1, epochs=2, model=student)
+    kept = load_state(last).epochs[0]["measured"]
+    seen: list[Any] = []
+    trainer = resume(last, {"on_train_start": lambda t: seen.append(t.criterion.meter.means.tolist())})
+    assert trainer.cwd.balanced
+    assert seen[0] == [pytest.approx(row) for row in kept]
+    assert trainer.explained == [], "fitted once"
+
+
+def test_a_run_of_the_first_release_resumes_with_its_rule(train: Train, tmp_path: Path, student: str) -> None:
+    last = interrupted(train, tmp_path, 1, epochs=2, model=student, cwd=100.0)
+    content = torch.load(last.parent / FILE, weights_only=True)
+    for name in ("share", "class_share"):
+        del content["options"][name]
+    for epoch in content["epochs"].values():
+        del epoch["measured"]
+    torch.save(content, last.parent / FILE)
+    csv_file = last.parents[1] / "results.csv"
+    names, *rows = (line.split(",") for line in csv_file.read_text().splitlines())
+    kept = [i for i, name in enumerate(names) if not name.endswith(("_share", "_nats"))]
+    csv_file.write_text("".join(",".join(row[i] for i in kept) + "\n" for row in (names, *rows)))
+    trainer = resume(last)
+    assert trainer.criterion.weight == 100.0
+    assert not trainer.criterion.classes
+    first, second = table(trainer)
+    assert first["train/P3_share"] != first["train/P3_share"], "nan: it was not measured then"
+    assert second["train/P3_share"] > 0
+
+
+@pytest.mark.parametrize("family", ["yolov8n.yaml", "yolo11n.yaml", "yolov10n.yaml", "yolo26n.yaml"])
+def test_class_maps_are_the_teachers_logits_of_the_classes_that_both_know(family: str) -> None:
+    torch.manual_seed(3)
+    model = DetectionModel(family, nc=6, verbose=False)
+    model.names = {0: "7", 1: "tube", 2: "0", 3: "3", 4: "9", 5: "1"}
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        model.eval()(images)
+        preds = model.eval()(images)[1]
+        expected = preds.get("one2many", preds)["scores"]  # [N, 6, positions]
+    taught = Teacher(model)
+    assert taught.show_classes([str(i) for i in range(10)]) == [0, 1, 3, 7, 9]
+    maps = taught(images)
+    assert len(maps) == 6
+    found = torch.cat([m.flatten(2) for m in maps[3:]], -1)
+    assert torch.allclose(found, expected[:, [2, 5, 3, 0, 4]], atol=1e-4)
+
+
+def test_a_teacher_of_other_classes_shows_none(train: Train, student: str) -> None:
+    model = DetectionModel("yolov8n.yaml", nc=2, verbose=False)
+    model.names = {0: "cat", 1: "dog"}
+    trainer = train(model=student, teacher=model)
+    assert trainer.criterion.meter.names == ["P3", "P4", "P5"]
+
+
+@pytest.mark.parametrize("model", ["yolov10n.yaml", "yolo26n.yaml"])
+def test_end_to_end_students_have_class_maps_too(train: Train, teacher: DetectionModel, model: str) -> None:
+    row = table(train(model=model, teacher=teacher, cwd="balanced", epochs=2))[-1]
+    assert row["train/classmap_share"] > 0.05

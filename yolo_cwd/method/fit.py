@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Adapters that fit before the first step, and the first measurement of the gradients.
+
+An adapter begins as the ridge regression from the student's maps to the teacher's, over some batches of training
+images. Every map is centred per image and channel first, since the softmax over positions does not see a constant.
+From a random start an adapter needs epochs to fit, and pushes the student at random until then.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from yolo_cwd.method.fpn import student_features, student_scores
+from yolo_cwd.method.loss import CWDLoss
+from yolo_cwd.method.teacher import Teacher
+
+RIDGE = 1e-2  # of the mean variance of the student's channels
+FITTED = 8  # batches for the regression
+MEASURED = 2  # batches for the first measurement of the gradients
+
+
+class Regression:
+    """Ridge regression from student maps to teacher maps, gathered batch by batch."""
+
+    def __init__(self) -> None:
+        """Start with no data."""
+        self._sums: list[Tensor] = []
+
+    def add(self, student: Tensor, teacher: Tensor) -> None:
+        """Take in maps of the same images, [N, C, H, W] of the student and [N, D, H, W] of the teacher."""
+        s, t = _centred(student), _centred(teacher)  # [NHW, C], [NHW, D]
+        new = [s.T @ s, s.T @ t, t.square().sum()]
+        self._sums = [a + b for a, b in zip(self._sums, new, strict=True)] if self._sums else new
+
+    def solve(self) -> tuple[Tensor, float]:
+        """Return the weights [D, C] over the data of all processes, and the share of the variance they explain."""
+        if dist.is_initialized():
+            for value in self._sums:
+                dist.all_reduce(value)
+        gram, cross, total = (value.double() for value in self._sums)
+        ridge = RIDGE * gram.diagonal().mean() + torch.finfo(torch.float32).tiny
+        weights = torch.linalg.solve(gram + ridge * torch.eye(len(gram), device=gram.device, dtype=gram.dtype), cross)
+        left = total - 2 * (weights * cross).sum() + (weights * (gram @ weights)).sum()
+        return weights.T.float(), float(1 - left / total)
+
+
+def _centred(maps: Tensor) -> Tensor:
+    maps = maps.float()
+    return (maps - maps.mean((2, 3), keepdim=True)).permute(0, 2, 3, 1).flatten(0, 2)  # [NHW, C]
+
+
+@torch.no_grad()
+def fit(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batches: Iterable[dict[str, Any]]) -> list[float]:
+    """Let the adapters of a criterion begin as ridge regressions.
+
+    Args:
+        criterion: Holds the adapters, 1x1 convolutions without bias, and the levels.
+        student: The student, not compiled.
+        teacher: The teacher.
+        batches: Batches on the device, with images [N, 3, H, W] in 0 to 1.
+
+    Returns:
+        For every level the share of the teacher's variance that its adapter explains, at most 1.
+    """
+    regressions = [Regression() for _ in criterion.levels]
+    with statistics_untouched(student):
+        for batch in batches:
+            features, pyramid = student_features(student(batch["img"])), teacher(batch["img"])
+            for regression, level in zip(regressions, criterion.levels, strict=True):
+                regression.add(features[level.student_index], pyramid[level.teacher_index])
+    explained = []
+    for adapter, regression in zip(criterion.adapters, regressions, strict=True):
+        weights, share = regression.solve()
+        adapter.get_parameter("weight").copy_(weights[:, :, None, None])
+        explained.append(share)
+    return explained
+
+
+def measure(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batch: dict[str, Any]) -> None:
+    """Let a criterion's meter take in the gradients of one batch, without a step.
+
+    Needed before the first step, and where the gradients of a step cannot be watched, inside a compiled graph.
+
+    Args:
+        criterion: The criterion.
+        student: The student, not compiled.
+        teacher: The teacher.
+        batch: A batch on the device, with images [N, 3, H, W] in 0 to 1 and their labels.
+    """
+    images, lesson = batch["img"], teacher(batch["img"])
+    with torch.enable_grad(), statistics_untouched(student):
+        preds = student(images)
+        loss, _ = criterion.criterion(preds, batch)
+        features, scores = student_features(preds), student_scores(preds) if criterion.classes else None
+        maps = [features[level.student_index] for level in criterion.levels] + ([] if scores is None else [scores])
+        divergences = criterion.compare(features, scores, lesson)
+        known = [(i, m) for i, m in enumerate(maps) if m.requires_grad]
+        of_task = torch.autograd.grad(loss.sum(), [m for _, m in known], retain_graph=True)
+        of_ours = [torch.autograd.grad(divergences[i] * len(images), m)[0] for i, m in known]
+    for (i, _), task, ours in zip(known, of_task, of_ours, strict=True):
+        criterion.meter.note(i, task, ours)
+    criterion.meter.step(torch.ones(len(maps), device=images.device))
+
+
+@contextmanager
+def random_numbers_untouched() -> Iterator[None]:
+    """Put the states of all random number generators that augmentation draws from back where they were."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+@contextmanager
+def statistics_untouched(model: nn.Module) -> Iterator[None]:
+    """Let a model run in training mode without a trace in its normalization statistics, and put its mode back."""
+    modes = {m: m.training for m in model.modules()}
+    layers = [m for m in modes if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(m, m.momentum, m.num_batches_tracked) for m in layers]
+    for m in layers:
+        m.momentum = 0.0
+        if m.num_batches_tracked is not None:
+            m.num_batches_tracked = m.num_batches_tracked.clone()
+    model.train()
+    try:
+        yield
+    finally:
+        for m, momentum, count in kept:
+            m.momentum, m.num_batches_tracked = momentum, count
+        for module, mode in modes.items():
+            module.training = mode

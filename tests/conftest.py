@@ -1,22 +1,48 @@
-"""Fixtures: a tiny data set, and short trainings in a folder of their own."""
+"""Fixtures: a tiny data set, tiny models, and short trainings in a folder of their own."""
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="yolo_cwd-tests-")  # keep the user's settings out of it
+os.environ["OMP_NUM_THREADS"] = "1"  # tests share the cores out, one for each
 
+import pictures
 import pytest
 import torch
+import yaml
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import yaml_model_load
 
 from yolo_cwd import digits
 from yolo_cwd.trainer import CWDTrainer
 
+FOLDER = Path(os.environ["YOLO_CONFIG_DIR"])
+torch.set_num_threads(1)
+
+
+def narrow(name: str, width: float = 0.25) -> str:
+    """Path of a model of Ultralytics with a share of its channels, and with one of each repeated block.
+
+    Its layers are the same and their numbers too, so that it stands in for the whole one wherever size does not matter.
+    """
+    model = yaml_model_load(name)
+    if scale := model["scale"]:
+        _, usual, most = model["scales"][scale]
+        model["scales"] = {scale: [0.01, usual * width, most]}
+    elif "width_multiple" in model:
+        model |= {"depth_multiple": 0.01, "width_multiple": width**2}  # as large as an n elsewhere, then the share
+    file = FOLDER / f"width{width}" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(yaml.safe_dump({k: v for k, v in model.items() if k != "yaml_file"}), encoding="utf-8")
+    return str(file)
+
+
+STUDENT, TEACHER = narrow("yolov8n.yaml"), narrow("yolov8s.yaml")  # 16, 32, 64 and 32, 64, 128 channels
 SHORT = {
-    "model": "yolov8n.yaml",
+    "model": STUDENT,
     "imgsz": 64,
     "batch": 4,
     "nbs": 4,
@@ -30,7 +56,7 @@ SHORT = {
     "device": "cpu",
     "verbose": False,
 }
-TAUGHT = {"teacher": "yolov8s.yaml", "teacher_dtype": "fp32", "schedule": "constant"}
+TAUGHT = {"teacher": TEACHER, "teacher_dtype": "fp32", "schedule": "constant"}
 
 
 class Payload:
@@ -43,6 +69,20 @@ class Payload:
         return Path.touch, (self.marker,)
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which may not be there
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker a core, but no more than memory is likely to be there for: each takes about 1 GB."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def coarse_pictures() -> Iterator[None]:
+    """Save figures with few pixels."""
+    with pytest.MonkeyPatch.context() as patch:
+        pictures.coarse(patch)
+        yield
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """YAML path of a data set with 8 training and 4 validation images: two steps at batch 4."""
@@ -51,13 +91,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with small.pt (a YOLOv8n detector), segment.pt and classify.pt, none of them trained."""
+    """Folder with small.pt (a narrow YOLOv8n detector), segment.pt and classify.pt, none of them trained."""
     from ultralytics import YOLO
 
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     for name, model in {"small": "yolov8n", "segment": "yolov8n-seg", "classify": "yolov8n-cls"}.items():
-        YOLO(f"{model}.yaml").save(folder / f"{name}.pt")
+        YOLO(narrow(f"{model}.yaml")).save(folder / f"{name}.pt")
     return folder
 
 

@@ -1,8 +1,6 @@
 """`yolo_cwd check`: what is distilled, what it costs, and whether the teacher is worth it."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SHORT
+from conftest import SHORT, STUDENT, narrow
+from processes import Started
 from torch import nn
 from ultralytics import YOLO
 
@@ -21,7 +20,8 @@ from yolo_cwd.study import check
 from yolo_cwd.study.advice import as_text, compare_classes, verdict
 from yolo_cwd.study.check import examine
 
-WORDS = {**{k: v for k, v in SHORT.items() if k != "val"}, "model": "yolov8n.yaml", "teacher_dtype": "fp32"}
+WORDS = {**{k: v for k, v in SHORT.items() if k != "val"}, "teacher_dtype": "fp32"}
+WHOLE = {"teacher": "yolov8s.yaml", "model": "yolov8n.yaml"}  # whose size others have published
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +31,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory, data: str) -> dict[str, str]:
     names = yaml.safe_load(Path(data).read_text())["names"]
     torch.manual_seed(0)
     for who, model in {"teacher": "yolov8s", "model": "yolo11n"}.items():
-        yolo = YOLO(f"{model}.yaml")
+        yolo = YOLO(narrow(f"{model}.yaml"))
         yolo.model.names = names
         yolo.save(folder / f"{who}.pt")
     return {who: str(folder / f"{who}.pt") for who in ("teacher", "model")}
 
 
-def test_levels_adapters_and_models(tmp_path: Path, pair: dict[str, str]) -> None:
-    words = {**WORDS, "teacher": pair["teacher"], "imgsz": 96, "levels": "P4,P5", "level_weights": (1, 0.5)}
+def test_levels_adapters_and_models(tmp_path: Path) -> None:
+    words = {**WORDS, **WHOLE, "imgsz": 96, "levels": "P4,P5", "level_weights": (1, 0.5)}
     found = examine(words, tmp_path)
     p4, p5 = found["levels"]
     assert p4 == {
@@ -60,7 +60,7 @@ def test_levels_adapters_and_models(tmp_path: Path, pair: dict[str, str]) -> Non
     assert "give data=" in found["verdict"]
 
 
-def test_step_is_measured_against_a_plain_one(tmp_path: Path, pair: dict[str, str], monkeypatch) -> None:
+def test_step_is_measured_against_a_plain_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     forward = nn.Module.__call__
 
@@ -70,7 +70,7 @@ def test_step_is_measured_against_a_plain_one(tmp_path: Path, pair: dict[str, st
         return forward(module, *args, **kwargs)
 
     monkeypatch.setattr(nn.Module, "__call__", count)
-    found = examine({**WORDS, "teacher": pair["teacher"]}, tmp_path)
+    found = examine({**WORDS, **WHOLE}, tmp_path)
     assert len(calls) == 6  # three turns of two batches, the plain steps without
     seconds = found["step_seconds"]
     assert seconds["distilled"] > seconds["plain"] > 0
@@ -93,10 +93,10 @@ def test_made_up_batches_are_full_and_the_student_is_the_one_named(
     found = examine({**WORDS, "teacher": pair["teacher"], **overrides}, tmp_path)
     assert shapes == {(found["batch"], 3, 64, 64)}
     assert found["batch"] == overrides.get("batch", WORDS["batch"])
-    assert found["student"]["parameters"] == sum(p.numel() for p in YOLO("yolov8n.yaml").model.parameters())
+    assert found["student"]["parameters"] == sum(p.numel() for p in YOLO(STUDENT).model.parameters())
 
 
-def test_cost_is_that_of_the_training(tmp_path: Path, pair: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cost_is_that_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One batch in four is distilled; the weights of teacher and adapters are no part of plain training."""
 
     @contextmanager
@@ -105,7 +105,7 @@ def test_cost_is_that_of_the_training(tmp_path: Path, pair: dict[str, str], monk
 
     monkeypatch.setattr(check, "_peak", peak)
     monkeypatch.setattr(check, "_step", lambda trainer, raw: 3.0 if trainer.criterion.weight else 1.0)
-    found = examine({**WORDS, "teacher": pair["teacher"], "cwd_every": 4}, tmp_path)
+    found = examine({**WORDS, **WHOLE, "cwd_every": 4}, tmp_path)
     assert found["step_seconds"] == {"plain": 1.0, "distilled": 1.5}
     assert found["step_ratio"] == 1.5
     # a YOLOv8s body without its head and its normalization, and adapters, in float32
@@ -192,9 +192,8 @@ def test_json_stands_alone_and_nothing_is_left(tmp_path: Path, pair: dict[str, s
     data = digits.build(tmp_path / "data", {"train": 8, "val": 4})
     (place := tmp_path / "here").mkdir()
     given = {**WORDS, **pair, "data": data, "format": "json", "cache": "disk", "save_dir": place / "run"}
-    command = [sys.executable, "-m", "yolo_cwd", "check", *(f"{k}={v}" for k, v in given.items())]
     before = set(tmp_path.rglob("*"))
-    result = subprocess.run(command, cwd=place, capture_output=True, text=True, check=True)
+    result = Started("processes:main", "check", *(f"{k}={v}" for k, v in given.items()), cwd=place).wait()
     assert len(json.loads(result.stdout)["levels"]) == 3
     left = {file.name for file in set(tmp_path.rglob("*")) - before}
     assert left <= {"train.cache", "val.cache"}  # of the labels: Ultralytics writes them in any training
@@ -218,7 +217,7 @@ def test_json_stands_alone_and_nothing_is_left(tmp_path: Path, pair: dict[str, s
 def test_bad_input(word: str, message: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     changed = dict([word.split("=")])
-    given = {**WORDS, "teacher": "yolov8s.yaml"} | changed
+    given = {**WORDS, **WHOLE} | changed
     if "student" in changed:
         del given["model"]
     assert main(["check", *(f"{k}={v}" for k, v in given.items())]) == 2

@@ -1,13 +1,15 @@
 """The command, as users type it."""
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from conftest import STUDENT, TEACHER
+from processes import Started
 
 from yolo_cwd import __version__
 from yolo_cwd.cli import main, parse
@@ -16,6 +18,11 @@ from yolo_cwd.config import OPTIONS, ConfigError
 
 def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "yolo_cwd", *words], capture_output=True, text=True, cwd=cwd)
+
+
+def cpu_seconds_of_children() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 @pytest.mark.parametrize(
@@ -30,11 +37,11 @@ def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str
     ],
 )
 def test_answers_at_once(words: list[str], expected: str) -> None:
-    seconds = []
+    seconds: list[float] = []
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = cpu_seconds_of_children()
         result = run(*words)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(cpu_seconds_of_children() - begin)
     assert result.returncode == 0
     assert expected in result.stdout
     assert not result.stderr
@@ -73,19 +80,13 @@ SHORT = ["imgsz=64", "batch=4", "epochs=1", "plots=False", "device=cpu"]
 
 
 def test_training_by_command_from_start_to_export(data: str, tmp_path: Path) -> None:
-    result = run("train", "teacher=yolov8s.yaml", "student=yolov8n.yaml", f"data={data}", *SHORT, f"project={tmp_path}")
+    result = run("train", f"teacher={TEACHER}", f"student={STUDENT}", f"data={data}", *SHORT, f"project={tmp_path}")
     assert result.returncode == 0, result.stderr
-    assert "learns P3, P4, P5 from yolov8s.yaml (11.2M parameters, " in result.stdout + result.stderr
+    assert f"learns P3, P4, P5 from {TEACHER} (1.1M parameters, " in result.stdout + result.stderr
     best = tmp_path / "train" / "weights" / "best.pt"
-    use = (
-        "import sys; sys.modules['yolo_cwd'] = None\n"  # as where yolo_cwd is not installed
-        "from ultralytics import YOLO\n"
-        f"model = YOLO({str(best)!r})\n"
-        f"model.val(data={data!r}, imgsz=64, plots=False, project={str(tmp_path)!r})\n"
-        f"model.predict({str(Path(data).parent / 'images/val')!r}, imgsz=64, verbose=False)\n"
-        "model.export(format='onnx', imgsz=64)\n"
-    )
-    subprocess.run([sys.executable, "-c", use], check=True, capture_output=True)
+    images = Path(data).parent / "images" / "val"
+    ended = Started("processes:use_without_us", str(best), data, str(images), cwd=tmp_path).wait()
+    assert ended.code == 0, ended.stderr
     assert best.with_suffix(".onnx").exists()
 
 
@@ -197,7 +198,7 @@ def test_a_fault_during_training_is_not_called_bad_input(data: str, tmp_path: Pa
 
     monkeypatch.setattr("yolo_cwd.method.loss.channel_wise_divergence", fail)
     with pytest.raises(RuntimeError, match="a fault of ours"):
-        main(["train", "teacher=yolov8s.yaml", "student=yolov8n.yaml", f"data={data}", *SHORT, f"project={tmp_path}"])
+        main(["train", f"teacher={TEACHER}", f"student={STUDENT}", f"data={data}", *SHORT, f"project={tmp_path}"])
 
 
 def test_parse_refuses_words_without_a_value() -> None:

@@ -1,13 +1,14 @@
 """Comparisons: what is asked for, how runs are shared out, and the statistics of the summary."""
 
 import json
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from conftest import STUDENT
+from processes import CONTEXT
 from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import DetectionModel
@@ -25,7 +26,7 @@ SHORT = {"imgsz": 64, "batch": 4, "epochs": 1, "plots": False, "device": "cpu", 
 def words(data: str, checkpoints: Path, tmp_path: Path) -> dict[str, Any]:
     folder = str(tmp_path / "comparison")
     teacher = str(checkpoints / "small.pt")
-    return {"teacher": teacher, "student": "yolov8n.yaml", "data": data, "seeds": 2, "folder": folder, **SHORT}
+    return {"teacher": teacher, "student": STUDENT, "data": data, "seeds": 2, "folder": folder, **SHORT}
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ def test_what_a_killed_run_cannot_go_on_from(change: dict[str, Any] | None, tmp_
     last.parent.mkdir()
     (tmp_path / "results.csv").write_text("epoch,time\n1,2.5\n2,4\n")
     arguments = {"epochs": 5, "time": None, "save_dir": str(tmp_path), **(change or {})}
-    torch.save({"epoch": 0, "model": DetectionModel("yolov8n.yaml", verbose=False), "train_args": arguments}, last)
+    torch.save({"epoch": 0, "model": DetectionModel(STUDENT, verbose=False), "train_args": arguments}, last)
     if not change:
         assert compare._left_by_a_kill(tmp_path) == (2.5, False)
         last.write_bytes(last.read_bytes()[:-1000])  # torn
@@ -259,8 +260,7 @@ def _work(words: dict[str, Any]) -> None:
 
 
 def test_two_processes_share_the_runs(words: dict[str, Any]) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=({**words, "arms": "plain,cwd", "seeds": 4},)) for _ in range(2)]
+    workers = [CONTEXT.Process(target=_work, args=({**words, "arms": "plain,cwd", "seeds": 4},)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -1,11 +1,11 @@
 """The embedded data set."""
 
-import multiprocessing
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from processes import CONTEXT
 
 from yolo_cwd import digits
 from yolo_cwd.trainer import CWDTrainer
@@ -95,7 +95,7 @@ def _build(root: Path) -> Path:
 
 
 def test_two_builds_at_once(folder: Path, tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with CONTEXT.Pool(2) as pool:
         first, second = pool.map(_build, [tmp_path, tmp_path])
     assert first == second
     assert [p.name for p in tmp_path.iterdir()] == [first.parent.name]

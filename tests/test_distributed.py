@@ -16,7 +16,8 @@ import pytest
 import torch
 import ultralytics
 import yaml
-from conftest import SHORT
+from conftest import SHORT, STUDENT, TEACHER
+from processes import Started, together
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.utils.checks import check_version
@@ -57,8 +58,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    for name, model in {"model": "yolov8n", "teacher": "yolov8s"}.items():
-        yolo = YOLO(f"{model}.yaml")
+    for name, model in {"model": STUDENT, "teacher": TEACHER}.items():
+        yolo = YOLO(model)
         for module in yolo.model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.constant_(module.weight, 2.75)
@@ -73,9 +74,14 @@ def record(models: dict[str, Path], data: str, tmp_path: Path) -> Callable[..., 
     def run(processes: int, shards: int = 0, **arguments: Any) -> dict[str, Any]:
         file = tmp_path / f"{processes}-{shards}.pt"
         seed = 1 if processes == 1 else 0  # Ultralytics adds the rank plus 1, and a single process has rank -1
-        words = as_words(**{**WORDS, **PLAIN, **models, "data": data, "seed": seed, "project": tmp_path, **arguments})
-        result = torchrun(processes, str(RECORDER), str(file), *words, cwd=tmp_path, env={"SHARDS": str(shards)})
-        assert file.exists(), result.stderr
+        given = {**WORDS, **PLAIN, **models, "val": False, "data": data, "seed": seed, "project": tmp_path}
+        words = as_words(**{**given, **arguments})
+        call = ("step_recorder:main", str(file), *words)
+        if processes == 1:
+            ended = [Started(*call, cwd=tmp_path, env={"SHARDS": str(shards)}).wait()]
+        else:
+            ended = together(processes, *call, cwd=tmp_path)
+        assert [one.code for one in ended] == [0] * processes, ended[0].stderr
         recorded: dict[str, Any] = torch.load(file)
         return recorded
 
@@ -117,18 +123,25 @@ def test_all_processes_hold_the_same_models_after_20_steps(record: Callable[...,
 
 
 def test_torchrun_trains_as_one_run(models: dict[str, Path], data: str, tmp_path: Path) -> None:
-    words = as_words(**{**WORDS, **models, "data": data, "epochs": 2, "plots": True, "verbose": True})
+    words = as_words(**{**WORDS, **models, "data": data, "epochs": 2, "verbose": True})
     result = torchrun(2, "-m", "yolo_cwd", "train", *words, f"project={tmp_path / 'runs'}", "name=two", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "runs" / "two"
     assert [f.name for f in folder.parent.iterdir()] == ["two"]
     assert polars.read_csv(folder / "results.csv")["epoch"].to_list() == [1, 2]
     assert {"best.pt", "last.pt"} == {f.name for f in (folder / "weights").iterdir()}
-    assert (folder / "cwd_levels.png").exists()
     assert result.stdout.count("learns P3, P4, P5 from") == 1
     ckpt = torch.load(folder / "weights" / "best.pt", weights_only=False)
     assert len(ckpt["train_results"]["epoch"]) == 2
     assert YOLO(folder / "weights" / "best.pt").val(data=data, imgsz=64, plots=False).box.map >= 0
+
+
+def test_the_first_process_draws_the_pictures(models: dict[str, Path], data: str, tmp_path: Path) -> None:
+    words = as_words(**{**WORDS, **models, "val": False, "data": data, "plots": True, "project": tmp_path})
+    first, second = together(2, "processes:draw", "train", *words, cwd=tmp_path)
+    assert (first.code, second.code) == (0, 0), first.stderr
+    assert {f.name for f in tmp_path.rglob("cwd_*.png")} >= {"cwd_levels.png", "cwd_channels.png"}
+    assert "no pictures" not in second.stdout + second.stderr
 
 
 @pytest.mark.parametrize(
@@ -140,13 +153,20 @@ def test_torchrun_trains_as_one_run(models: dict[str, Path], data: str, tmp_path
     ],
 )
 def test_bad_input_is_one_line_of_all_processes(word: str, complaint: str, data: str, tmp_path: Path) -> None:
-    given = {**WORDS, "teacher": "yolov8s.yaml", "student": "yolov8n.yaml", "data": data}
+    given = {**WORDS, "teacher": TEACHER, "student": STUDENT, "data": data}
     given.pop("model")
-    result = torchrun(2, "-m", "yolo_cwd", "train", *as_words(**given), word, "project=runs", cwd=tmp_path)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("yolo_cwd: ")]
+    words = ["train", *as_words(**given), word, "project=runs"]
+    if word.startswith("teacher"):
+        result = torchrun(2, "-m", "yolo_cwd", *words, cwd=tmp_path)
+        assert "exitcode  : 2" in result.stderr
+        errors = result.stderr
+    else:
+        ended = together(2, "processes:main", *words, cwd=tmp_path)
+        assert 2 in {one.code for one in ended}
+        errors = "".join(one.stderr for one in ended)
+    lines = [line for line in errors.splitlines() if line.startswith("yolo_cwd: ")]
     assert len(lines) == 1
     assert complaint in lines[0]
-    assert "exitcode  : 2" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import pictures
 import pytest
 import torch
+from conftest import TEACHER
 from test_state import interrupted, resume
 from test_trainer import TERMS, rows
 
@@ -28,8 +30,14 @@ def maps(*shape: int, seed: int) -> torch.Tensor:
     return 3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pictures(trainer: CWDTrainer) -> list[str]:
+def pictures_of(trainer: CWDTrainer) -> list[str]:
     return sorted(f.name for f in trainer.save_dir.glob("cwd_*"))
+
+
+@pytest.fixture(autouse=True)
+def only_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the pictures of Ultralytics; test_trainer.py has all of them."""
+    pictures.only_ours(monkeypatch)
 
 
 @pytest.fixture
@@ -104,9 +112,9 @@ def test_a_run_draws_its_pictures_and_trains_the_same(
     arguments = {"epochs": 2, "val": True, "mosaic": 1.0, "seed": 4, "schedule": "cosine"}
     bare, full = train(**arguments), train(**arguments, plots=True)
     assert said() == [], "verbose=False"
-    assert pictures(bare) == []
-    assert pictures(full) == ["cwd_channels.png", "cwd_levels.png", "cwd_maps_epoch1.jpg", "cwd_maps_epoch2.jpg"]
-    for name in pictures(full):
+    assert pictures_of(bare) == []
+    assert pictures_of(full) == ["cwd_channels.png", "cwd_levels.png", "cwd_maps_epoch1.jpg", "cwd_maps_epoch2.jpg"]
+    for name in pictures_of(full):
         assert full.save_dir / name in full.plots, "loggers read them there"
         assert cv2.imread(str(full.save_dir / name)).std() > 10
     for model in (lambda t: t.model, lambda t: t.ema.ema, lambda t: t.adapters):
@@ -129,10 +137,10 @@ def test_a_resumed_run_knows_its_start_and_its_student(
     said()
     kept = torch.load(last.parent / FILE, weights_only=True)["start"]
     trainer = resume(last)
-    assert said()[0].startswith("yolov8n learns P3, P4, P5 from yolov8s.yaml ")
+    assert said()[0].startswith(f"yolov8n learns P3, P4, P5 from {TEACHER} ")
     assert list(kept) == ["P3", "P4", "P5"]
     assert all(torch.equal(kept[name], trainer.state.start[name]) for name in kept)
-    assert pictures(trainer) == ["cwd_channels.png", "cwd_levels.png", "cwd_maps_epoch1.jpg", "cwd_maps_epoch2.jpg"]
+    assert pictures_of(trainer) == ["cwd_channels.png", "cwd_levels.png", "cwd_maps_epoch1.jpg", "cwd_maps_epoch2.jpg"]
     assert not (last.parent / FILE).exists()
 
 
@@ -183,7 +191,7 @@ def test_a_run_says_what_it_distils_and_what_came_of_it(train: Train, said: Call
     train(epochs=3, verbose=True, levels="P3,P4", level_weights=(1, 0.5), val=True, schedule="cosine")
     first, advice, last = said()
     assert first == (
-        "yolov8n learns P3, P4 from yolov8s.yaml (11.2M parameters, fp32), weight 100 falling to 0 (cosine), tau 1, "
+        f"yolov8n learns P3, P4 from {TEACHER} (1.1M parameters, fp32), weight 100 falling to 0 (cosine), tau 1, "
         "level weights 1 0.5"
     )
     assert advice.startswith("the teacher's classes")
@@ -195,7 +203,7 @@ def test_a_run_says_what_it_distils_and_what_came_of_it(train: Train, said: Call
 def test_without_weight_the_run_says_so_and_draws_nothing(train: Train, said: Callable[[], list[str]]) -> None:
     trainer = train(verbose=True, cwd=0, plots=True)
     assert said()[0] == "cwd=0: nothing is distilled, yolov8n trains as it would without a teacher"
-    assert pictures(trainer) == []
+    assert pictures_of(trainer) == []
 
 
 def test_the_progress_bar_is_narrow(train: Train, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Payload
+from conftest import SHORT, TEACHER, Payload
+from processes import Started
 from test_trainer import TERMS, rows
 from torch import nn
 from ultralytics import YOLO
@@ -84,7 +83,7 @@ def test_resume_goes_on_where_it_stopped(train: Train, tmp_path: Path) -> None:
     assert seen
     assert [row["epoch"] for row in rows(trainer)] == [1, 2, 3, 4]
     assert (trainer.cwd.cwd, trainer.cwd.tau, trainer.cwd.levels, trainer.level_weights) == (20, 2, (16, 32), [1, 0.5])
-    assert yaml.safe_load((trainer.save_dir / "cwd.yaml").read_text())["teacher"] == "yolov8s.yaml"
+    assert yaml.safe_load((trainer.save_dir / "cwd.yaml").read_text())["teacher"] == TEACHER
     assert trainer.save_dir == last.parent.parent
     assert sorted(f.name for f in last.parent.iterdir()) == ["best.pt", "last.pt"]
     assert type(YOLO(last).model) is DetectionModel
@@ -134,8 +133,8 @@ def test_a_teacher_can_be_replaced_but_must_fit(train: Train, tmp_path: Path, ch
     before = sorted(str(f) for f in tmp_path.rglob("*"))
     with pytest.raises(ConfigError, match=r"teacher=.*moved.pt: "):
         resume(last)
-    with pytest.raises(ConfigError, match=r"teacher=yolov8s.yaml: asks for adapters of \[\(128, 64, 1, 1\)"):
-        resume(last, teacher="yolov8s.yaml")
+    with pytest.raises(ConfigError, match=r"yolov8s.yaml: asks for adapters of \[\(32, 16, 1, 1\)"):
+        resume(last, teacher=TEACHER)
     (tmp_path / "p2.yaml").write_text(_other_levels())
     with pytest.raises(ConfigError, match="levels=P3,P4,P5: "):
         resume(last, teacher=str(tmp_path / "p2.yaml"))
@@ -207,26 +206,27 @@ def test_only_the_last_epochs_are_kept() -> None:
         state.restore(0, adapters, torch.optim.SGD(adapters.parameters()))
 
 
+def words_of(data: str, folder: Path, **more: Any) -> list[str]:
+    """Words of a short training into a folder."""
+    given = {**SHORT, "teacher": TEACHER, "teacher_dtype": "fp32", "data": data, "project": folder, **more}
+    return [f"{name}={value}" for name, value in given.items()]
+
+
 @pytest.mark.parametrize(
     ("number", "word", "code"), [(signal.SIGTERM, "terminated", 143), (signal.SIGINT, "interrupted", 130)]
 )
 def test_signals_end_a_training_with_one_line(data: str, tmp_path: Path, number: int, word: str, code: int) -> None:
-    command = [sys.executable, "-m", "yolo_cwd", "train", "teacher=yolov8s.yaml", "student=yolov8n.yaml"]
-    short = ["imgsz=64", "batch=4", "epochs=500", "plots=False", "amp=False", "device=cpu", "val=False"]
-    place = [f"data={data}", f"project={tmp_path}", "name=run"]
-    process = subprocess.Popen(
-        [*command, *short, *place], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path
-    )
+    process = Started("processes:main", "train", *words_of(data, tmp_path, epochs=500, name="run"), cwd=tmp_path)
     last = tmp_path / "run" / "weights" / "last.pt"
     deadline = time.monotonic() + 120
     while not last.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    line = errors.strip().splitlines()[-1]
-    assert process.returncode == code
+    ended = process.wait(60)
+    line = ended.stderr.strip().splitlines()[-1]
+    assert ended.code == code
     assert line == f"yolo_cwd: {word}; 'yolo_cwd train resume model={last}' goes on"
-    assert "Traceback" not in errors
+    assert "Traceback" not in ended.stderr
     assert os.fspath(last) in line
     assert type(YOLO(last).model) is DetectionModel
 
@@ -247,13 +247,9 @@ def test_plain_ultralytics_takes_a_checkpoint_in_the_middle_of_a_run(train: Trai
 
 def test_two_trainings_at_once(data: str, tmp_path: Path) -> None:
     """Of the same data and teacher, into the same project: each is what it is alone."""
-    command = [sys.executable, "-m", "yolo_cwd", "train", "teacher=yolov8s.yaml", "student=yolov8n.yaml"]
-    short = ["imgsz=64", "batch=4", "epochs=2", "plots=False", "amp=False", "device=cpu", "teacher_dtype=fp32"]
-    place = [f"data={data}", f"project={tmp_path}"]
-    processes = [
-        subprocess.Popen([*command, *short, *place], stdout=subprocess.DEVNULL, cwd=tmp_path) for _ in range(2)
-    ]
-    assert [process.wait(120) for process in processes] == [0, 0]
+    words = words_of(data, tmp_path, epochs=2, val=True)
+    processes = [Started("processes:main", "train", *words, cwd=tmp_path) for _ in range(2)]
+    assert [process.wait().code for process in processes] == [0, 0]
     tables = [(tmp_path / name / "results.csv").read_text().splitlines() for name in ("train", "train-2")]
     without_time = [[[*row.split(",")[:1], *row.split(",")[2:]] for row in table] for table in tables]
     assert without_time[0] == without_time[1]

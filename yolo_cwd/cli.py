@@ -103,7 +103,7 @@ def _first_here() -> bool:
 def _complain(reason: object) -> None:
     if not _first_here():  # torchrun ends all when one ends: the first says it, if it fails too
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
+        time.sleep(10)
     print(f"yolo_cwd: {reason}", file=sys.stderr)
 
 

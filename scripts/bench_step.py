@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,13 @@ from typing import Any
 
 import torch
 
-ARMS = ("plain", "builtin", "cwd", "cwd-fp32")
+OPTIONS: dict[str, dict[str, Any]] = {  # of the arms that are ours
+    "cwd": {"cwd": 100},
+    "cwd-fp32": {"cwd": 100, "teacher_dtype": "fp32"},
+    "cwd-balanced": {"cwd": "balanced", "class_share": 0},
+    "cwd-balanced, class maps": {"cwd": "balanced", "class_share": 1},
+}
+ARMS = ("plain", "builtin", *OPTIONS)
 DEFAULTS = {
     "part": "step",
     "teacher": "yolov8l",
@@ -176,8 +181,7 @@ def make_trainer(arm: str, words: dict[str, Any], folder: Path) -> Any:
     elif arm == "builtin":
         trainer = DetectionTrainer(overrides={**overrides, "distill_model": str(teacher)})
     else:
-        dtype = "fp32" if arm == "cwd-fp32" else "auto"
-        trainer = CWDTrainer(overrides={**overrides, "teacher": str(teacher), "teacher_dtype": dtype})
+        trainer = CWDTrainer(overrides={**overrides, "teacher": str(teacher), **OPTIONS[arm]})
     trainer._setup_train()
     trainer._model_train()
     trainer.epoch = 0
@@ -270,6 +274,16 @@ def memory(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     return rows
 
 
+def _peak_resident_mib() -> float:
+    if sys.platform == "win32":
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def one_arm(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Make a few steps of one arm and print the peak memory of the process in MiB: of the GPU where it runs on one."""
     trainer = make_trainer(words["arm"], words, folder)
@@ -279,7 +293,7 @@ def one_arm(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     if trainer.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(trainer.device) / 2**20
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        peak = _peak_resident_mib()
     print(peak)
     return {"peak MiB": peak}
 

@@ -54,6 +54,22 @@ def test_arms_from_a_file(tmp_path: Path) -> None:
     }
 
 
+def test_arms_with_models_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "arms.yaml"
+    slim = {"method": "plain", "student": "slim.yaml"}
+    taught = {"method": "cwd", "student": "slim.yaml", "teacher": "other", "against": "slim"}
+    file.write_text(yaml.safe_dump({"plain": {}, "slim": slim, "taught": taught}, sort_keys=False))
+    arms = parse_arms(str(file))
+    assert [(arm.name, arm.arguments, arm.against) for arm in arms] == [
+        ("plain", {}, "plain"),
+        ("slim", {"model": "slim.yaml"}, "plain"),
+        ("taught", {"teacher": "other", "model": "slim.yaml"}, "slim"),
+    ]
+    file.write_text(yaml.safe_dump({"cwd": {"against": "nothing"}}))
+    with pytest.raises(ConfigError, match="against=nothing: arm cwd"):
+        parse_arms(str(file))
+
+
 @pytest.mark.parametrize("given", ["", "plain,plain", "magic", "cwd:", "cwd:tua=2", "absent.yaml"])
 def test_refused_arms(given: str) -> None:
     with pytest.raises(ConfigError):
@@ -312,6 +328,13 @@ def test_only_seeds_of_both_arms_are_paired() -> None:
     arm = summarize(["plain", "cwd"], TEACHER, [*RESULTS, result("cwd", 9, 0.9)])["arms"]["cwd"]
     assert arm["difference"] == pytest.approx(0.03)
     assert arm["runs"] == 4
+
+
+def test_an_arm_may_be_compared_with_another_one() -> None:
+    more = [result("taught", seed, score) for seed, score in enumerate((0.36, 0.36, 0.36))]
+    arms = summarize(["plain", "cwd", "taught"], TEACHER, [*RESULTS, *more], {"taught": "cwd"})["arms"]
+    assert arms["taught"]["difference"] == pytest.approx(0.02)
+    assert arms["cwd"]["difference"] == pytest.approx(0.03)
 
 
 def test_a_teacher_that_is_no_better_is_named() -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 
 SCHEDULES = ("constant", "linear", "cosine")
-ADAPTERS = ("auto", "fitted", "conv", "identity")
+ADAPTERS = ("fitted", "conv", "identity")
 AUTO, BALANCED = "auto", "balanced"  # of the option cwd, beside a number
 FROM_SCRATCH = 100.0  # what cwd=auto means for a student without weights
 WEIGHT_COLUMN = "train/cwd_weight"  # of results.csv: the overall weight
@@ -155,20 +155,18 @@ class Settings:
         cwd = self.cwd
         if cwd == AUTO:
             cwd = BALANCED if pretrained else FROM_SCRATCH
-        adapter = self.adapter
-        if adapter == AUTO:
-            adapter = "fitted" if cwd == BALANCED else "conv"
         class_share = self.class_share
         if class_share == AUTO:
             class_share = self.share if cwd == BALANCED else 0.0
-        return replace(self, cwd=cwd, adapter=adapter, class_share=class_share)
+        return replace(self, cwd=cwd, class_share=class_share)
 
     def course(self) -> str:
         """Return the overall weight and its schedule in words."""
         rise = f" after {self.cwd_warmup:g} epochs of rise" if self.cwd_warmup else ""
         full = self.share if self.balanced else float(self.cwd)
         fall = "" if self.schedule == "constant" else f" falling to {full * self.cwd_final:g} ({self.schedule})"
-        return f"{'share' if self.balanced else 'weight'} {full:g}{rise}{fall}"
+        kind = "gradient share" if self.balanced else "weight"
+        return f"{kind} {full:g}{rise}{fall}"
 
     def weights_of(self, names: list[str]) -> list[float]:
         """Return one weight for each of the named levels.

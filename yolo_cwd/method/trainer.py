@@ -166,6 +166,7 @@ class DistillingTrainer(ResumableTrainer):
             level_weights=self.level_weights,
             tau=self.cwd.tau,
             normalize=self.cwd.normalize,
+            weight=0.0,  # until the first epoch begins
             balanced=self.cwd.balanced,
             classes=self.classes,
             class_weight=self.class_weight,
@@ -203,8 +204,9 @@ class DistillingTrainer(ResumableTrainer):
             batches = self._training_batches()
             if self.cwd.adapter == "fitted":
                 self.explained = fit(*parts, islice(batches, FITTED))
-            for batch in islice(batches, MEASURED):
-                measure(*parts, batch)
+            if self.cwd.balanced or self.classes:
+                for batch in islice(batches, MEASURED):
+                    measure(*parts, batch)
 
     def _training_batches(self) -> Iterator[dict[str, Any]]:
         """Yield batches of training images without end, from a loader of their own in this process."""
@@ -214,7 +216,7 @@ class DistillingTrainer(ResumableTrainer):
         loader = self.get_dataloader(self.data["train"], batch_size=size, rank=LOCAL_RANK, mode="train")
         self.args.cache, self.args.workers = cache, workers
         while True:
-            yield from map(super().preprocess_batch, loader)
+            yield from map(self.preprocess_batch, loader)
 
     def _begin_epoch(self) -> None:
         assert self.criterion is not None

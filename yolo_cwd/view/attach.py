@@ -24,7 +24,7 @@ def attach(trainer: Any) -> None:
 def announce(trainer: Any) -> None:
     """Say what is distilled, record the settings in `cwd.yaml`, and keep figures of the start for the pictures."""
     student, teacher = Path(trainer.state.options["student"]).stem, trainer.teacher
-    _say(trainer, report.beginning(student, teacher, trainer.cwd, trainer.weights_by_level))
+    _say(trainer, report.beginning(student, trainer))
     settings = {**trainer.state.options, "teacher": teacher.label}
     if trainer.cwd.cwd:
         settings["teacher_dtype"] = teacher.precision.name

@@ -152,7 +152,7 @@ def _show_maps(trainer: Any) -> list[View]:
 
 @_drawn
 def draw_levels(file: Path, curves: Curves) -> None:
-    """Draw divergence, loss terms and weight over the epochs."""
+    """Draw divergence, loss terms and shares of the gradient over the epochs."""
     from matplotlib import pyplot as plt
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), sharex=True, layout="constrained")
@@ -161,10 +161,10 @@ def draw_levels(file: Path, curves: Curves) -> None:
     for name, colour in colours.items():
         left.plot(curves.epochs, curves.divergence[name], ".-", color=colour, label=name)
         middle.plot(curves.epochs, curves.terms[name], ".-", color=colour, label=f"{name}, weighted")
-    right.plot(curves.epochs, curves.weight, ".-", color=COLOURS[0])
+        right.plot(curves.epochs, curves.shares[name], ".-", color=colour, label=name)
     left.set(title="Divergence from the teacher", ylabel="nats per channel (weight taken out)")
     middle.set(title="Terms of the training loss", ylabel="loss")
-    right.set(title="Weight of the distillation", ylabel="weight")
+    right.set(title="Share of the gradient at the student's maps", ylabel="norm beside the task's own")
     for axes in (left, middle, right):
         axes.set(xlabel="epoch", ylim=(0, None))
         axes.xaxis.get_major_locator().set_params(integer=True)

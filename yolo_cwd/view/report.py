@@ -7,10 +7,9 @@ import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from yolo_cwd.config import WEIGHT_COLUMN, Settings
-from yolo_cwd.method.teacher import Teacher
+from yolo_cwd.config import WEIGHT_COLUMN
 
 SCORE = "metrics/mAP50-95(B)"
 
@@ -76,28 +75,37 @@ def _divergence(row: Mapping[str, float], name: str, weight: float) -> float:
     return nats if weight else math.nan
 
 
-def beginning(student: str, teacher: Teacher, settings: Settings, level_weights: Mapping[str, float]) -> str:
-    """Say what is distilled.
+def beginning(student: str, trainer: Any) -> str:
+    """Say what is distilled, and by which rule.
 
     Args:
         student: The student's name.
-        teacher: The teacher, calibrated.
-        settings: The options.
-        level_weights: The weight of every distilled level by its name.
+        trainer: The `DistillingTrainer`, set up.
     """
+    settings, teacher = trainer.cwd, trainer.teacher
     if not settings.cwd:
         return f"cwd=0: nothing is distilled, {student} trains as it would without a teacher"
+    origin = "" if trainer.resume else ", with its weights," if trainer.pretrained else ", from scratch,"
+    learns = ", ".join(level.name for level in trainer.levels)
+    if trainer.classes:
+        learns += f" and the maps of {_count(len(trainer.classes), 'class')}"
     details = [settings.course(), f"tau {settings.tau:g}"]
-    if set(level_weights.values()) != {1.0}:
-        details.append("level weights " + " ".join(f"{w:g}" for w in level_weights.values()))
+    if set(settings.level_weights) != {1.0}:
+        details.append("level weights " + " ".join(f"{w:g}" for w in settings.level_weights))
+    if trainer.explained:
+        details.append("adapters explain " + " ".join(f"{100 * x:.0f}" for x in trainer.explained) + " %")
     if settings.normalize:
         details.append("standardized maps")
     if settings.cwd_every > 1:
         details.append(f"one batch in {settings.cwd_every}")
     return (
-        f"{student} learns {', '.join(level_weights)} from {teacher.label} "
+        f"{student}{origin} learns {learns} from {teacher.label} "
         f"({teacher.parameter_count / 1e6:.1f}M parameters, {teacher.precision}), {', '.join(details)}"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}es"
 
 
 def outcome(curves: Curves) -> str:

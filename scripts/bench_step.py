@@ -63,7 +63,8 @@ def main() -> None:
             words, Path(folder)
         )
     if words["json"]:
-        Path(words["json"]).write_text(json.dumps({"settings": words, "table": table}, indent=1) + "\n")
+        content = json.dumps({"settings": words, "table": table}, indent=1) + "\n"
+        Path(words["json"]).write_text(content, encoding="utf-8")
 
 
 def _value(text: str) -> Any:

@@ -307,6 +307,23 @@ def test_distilling_every_other_batch(train: Train) -> None:
     assert every_other == pytest.approx(2 * terms[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_adapters_are_clipped_by_their_own_norm_whatever_the_loss_scale(train: Train, scale: float) -> None:
+    norms: list[float] = []
+
+    def scaled(trainer: CWDTrainer) -> None:
+        trainer.scaler, step = torch.amp.GradScaler("cpu", init_scale=scale), trainer.optimizer.step
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            norms.append(torch.cat([p.grad.flatten() for p in trainer.adapters.parameters()]).norm().item())
+            return step(*args, **kwargs)
+
+        trainer.optimizer.step = note
+
+    train(cwd=1e6, callbacks={"on_train_start": scaled})
+    assert norms == pytest.approx([10.0, 10.0], rel=1e-3)
+
+
 def test_a_resting_teacher_costs_nothing(train: Train) -> None:
     def refuse(trainer: CWDTrainer) -> None:
         trainer.teacher.body = None

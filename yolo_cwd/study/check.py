@@ -58,7 +58,8 @@ class Rehearsal(CWDTrainer):
         if self.args.data == MADE_UP:
             file = digits.build(self.save_dir, {"train": BATCHES * self.args.batch, "val": 4})
             for labels in file.parent.glob("labels/*/*.txt"):
-                labels.write_text(re.sub(r"^\d+", "0", labels.read_text(encoding="utf-8"), flags=re.MULTILINE))
+                rows = re.sub(r"^\d+", "0", labels.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                labels.write_text(rows, encoding="utf-8")
             names = {0: "object"}
             with suppress(Exception):  # what is wrong with the student is said where it is built
                 names = YOLO(self.args.model).names

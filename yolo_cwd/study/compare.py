@@ -324,7 +324,8 @@ def _train_if_free(comparison: Comparison, arm: Arm, seed: int) -> bool:
 
 def _progress(comparison: Comparison, name: str) -> str:
     runs = list(comparison.runs())
-    done = [json.loads(comparison.result_file(_name(*run)).read_text()) for run in runs if _done(comparison, *run)]
+    files = [comparison.result_file(_name(*run)) for run in runs if _done(comparison, *run)]
+    done = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     text = f"run {len(done) + 1} of {len(runs)} ({name})"
     if not done:
         return text

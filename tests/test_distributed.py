@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import polars
 import psutil
 import pytest
@@ -24,6 +25,7 @@ from ultralytics.utils.checks import check_version
 from ultralytics.utils.dist import find_free_network_port
 
 from yolo_cwd import CWDTrainer
+from yolo_cwd.method.prepare import choose_precision
 from yolo_cwd.method.teacher import DTYPES, load_teacher
 
 RECORDER = Path(__file__).with_name("step_recorder.py")
@@ -280,11 +282,11 @@ def test_the_first_process_chooses_the_precision_of_all(agreed: str, monkeypatch
     monkeypatch.setattr(
         "yolo_cwd.method.teacher._seconds", lambda teacher, _: 1.0 if teacher.precision.name == other else 2.0
     )
-    monkeypatch.setattr("yolo_cwd.method.trainer.RANK", 1)
+    monkeypatch.setattr("yolo_cwd.method.prepare.RANK", 1)
     monkeypatch.setattr("yolo_cwd.run.distributed.agree", lambda value: agreed)
     teacher, settings = load_teacher("yolov8n.yaml"), SimpleNamespace(teacher_dtype="auto")
-    process = SimpleNamespace(teacher=teacher, cwd=settings, device=torch.device("cpu"))
-    process._validation_image = lambda: torch.rand(1, 3, 64, 64)
-    CWDTrainer._calibrate_teacher(process)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    loader = SimpleNamespace(dataset=SimpleNamespace(load_image=lambda index: (pixels, None, None)))
+    choose_precision(SimpleNamespace(teacher=teacher, cwd=settings, device=torch.device("cpu"), test_loader=loader))
     assert teacher.precision.name == agreed
     assert next(teacher.body.parameters()).dtype == DTYPES[agreed]

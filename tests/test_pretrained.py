@@ -18,7 +18,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_cwd import CWDTrainer
-from yolo_cwd.method.fit import measure
+from yolo_cwd.method.prepare import measure
 from yolo_cwd.method.teacher import Teacher
 from yolo_cwd.run.state import FILE, load_state
 

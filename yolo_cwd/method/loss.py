@@ -135,6 +135,7 @@ class CWDLoss:
         criterion: The wrapped detection criterion.
         weight: Overall weight of the divergences; the trainer sets it for every epoch.
         meter: What is measured of the gradients.
+        balanced: Which of the terms are balanced [K].
         dropped: How many terms were not finite and were left out since somebody set it to 0.
     """
 
@@ -179,7 +180,7 @@ class CWDLoss:
         self.meter = GradientMeter(names, device)
         weights = [*(level_weights or [1.0] * len(self.levels)), class_weight][: len(names)]
         self._shares = torch.tensor(weights, device=device)  # of the overall weight [K]
-        self._balanced = torch.tensor([balanced] * len(self.levels) + [True] * bool(self.classes), device=device)
+        self.balanced = torch.tensor([balanced] * len(self.levels) + [True] * bool(self.classes), device=device)
         self.dropped: Tensor | int = 0
         self._sums, self._calls = torch.zeros(2, len(names)), 0
 
@@ -192,7 +193,7 @@ class CWDLoss:
     @property
     def weights(self) -> Tensor:
         """The weight of every term now [K]; 0 for a balanced one of which nothing is known yet."""
-        ratios = torch.where(self._balanced, self.meter.ratios.nan_to_num(0.0).clamp_max(MOST), 1.0)
+        ratios = torch.where(self.balanced, self.meter.ratios.nan_to_num(0.0).clamp_max(MOST), 1.0)
         return self.weight * self._shares * ratios
 
     @property

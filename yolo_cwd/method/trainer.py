@@ -13,18 +13,15 @@ Teacher and adapters belong to the trainer, never to the student: every checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.utils import DEFAULT_CFG_DICT, LOCAL_RANK, LOGGER, RANK, colorstr
-from ultralytics.utils.torch_utils import autocast, unwrap_model
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, colorstr
+from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_cwd import digits
 from yolo_cwd.config import WEIGHT_COLUMN, ConfigError, first_line, unusable_data
-from yolo_cwd.method.fit import FITTED, MEASURED, fit, measure, random_numbers_untouched
 from yolo_cwd.method.fpn import (
     Level,
     build_adapters,
@@ -32,6 +29,7 @@ from yolo_cwd.method.fpn import (
     pyramid_taps,
 )
 from yolo_cwd.method.loss import CLASS_MAPS, CWDLoss
+from yolo_cwd.method.prepare import choose_precision, measure, prepare
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.run import distributed, request
 from yolo_cwd.run.resumable import ResumableTrainer
@@ -157,7 +155,7 @@ class DistillingTrainer(ResumableTrainer):
         with self.folder.removed_on_failure():
             super()._setup_train()
             if self.cwd.cwd:
-                self._calibrate_teacher()
+                choose_precision(self)
         student = unwrap_model(self.model)
         self.criterion = student.criterion = CWDLoss(
             getattr(student, "criterion", None) or student.init_criterion(),
@@ -175,48 +173,12 @@ class DistillingTrainer(ResumableTrainer):
         if self.cwd.cwd and self.resume:
             self.criterion.meter.restore(self.state.measured)
         elif self.cwd.cwd:
-            self._prepare()
+            self.explained = prepare(self, self.criterion)
         begun_with = student.yaml.get("yaml_file") if self.resume else self.args.model
         begun_with = self.state.options.get("student") or str(begun_with)
         self.state.options = request.plain_options(self.cwd, begun_with, [level.stride for level in self.levels])
         self.add_callback("on_train_epoch_start", DistillingTrainer._begin_epoch)
         self.add_callback("on_train_epoch_end", DistillingTrainer._report_dropped_terms)
-
-    def _calibrate_teacher(self) -> None:
-        wanted, first = self.cwd.teacher_dtype, RANK in {-1, 0}
-        pixels, *_ = self.test_loader.dataset.load_image(0)  # [H, W, C], 0 to 255
-        image = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)[None] / 255
-        if first or wanted != "auto":
-            self.teacher.calibrate(wanted, image)
-        if wanted == "auto":  # the first process chooses for all
-            chosen = distributed.agree(self.teacher.precision.name)
-            if not first:
-                self.teacher.calibrate(chosen, image)
-
-    def _prepare(self) -> None:
-        """Fit the adapters, and measure the first gradients, on some batches of training images.
-
-        No random number is used up: the training sees the same images as it would without.
-        """
-        assert self.criterion is not None
-        parts = self.criterion, unwrap_model(self.model), self.teacher
-        with random_numbers_untouched(), autocast(self.amp, device=self.device.type):
-            batches = self._training_batches()
-            if self.cwd.adapter == "fitted":
-                self.explained = fit(*parts, islice(batches, FITTED))
-            if self.cwd.balanced or self.classes:
-                for batch in islice(batches, MEASURED):
-                    measure(*parts, batch)
-
-    def _training_batches(self) -> Iterator[dict[str, Any]]:
-        """Yield batches of training images without end, from a loader of their own in this process."""
-        cache, workers = self.args.cache, self.args.workers
-        self.args.cache, self.args.workers = False, 0
-        size = self.batch_size // max(self.world_size, 1)
-        loader = self.get_dataloader(self.data["train"], batch_size=size, rank=LOCAL_RANK, mode="train")
-        self.args.cache, self.args.workers = cache, workers
-        while True:
-            yield from map(self.preprocess_batch, loader)
 
     def _begin_epoch(self) -> None:
         assert self.criterion is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Adapters that fit before the first step, and the first measurement of the gradients.
+"""What happens between the set-up and the first step: the teacher's precision, fitted adapters, a first measurement.
 
 An adapter begins as the ridge regression from the student's maps to the teacher's, over some batches of training
 images. Every map is centred per image and channel first, since the softmax over positions does not see a constant.
@@ -11,20 +11,72 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from ultralytics.utils import LOCAL_RANK, RANK
+from ultralytics.utils.torch_utils import autocast, unwrap_model
 
 from yolo_cwd.method.fpn import student_features, student_scores
 from yolo_cwd.method.loss import CWDLoss
 from yolo_cwd.method.teacher import Teacher
+from yolo_cwd.run import distributed
 
 RIDGE = 1e-2  # of the mean variance of the student's channels
 FITTED = 8  # batches for the regression
 MEASURED = 2  # batches for the first measurement of the gradients
+
+
+def choose_precision(trainer: Any) -> None:
+    """Let the teacher choose what it calculates with, by a validation image; the first process chooses for all."""
+    wanted, first = trainer.cwd.teacher_dtype, RANK in {-1, 0}
+    pixels, *_ = trainer.test_loader.dataset.load_image(0)  # [H, W, C], 0 to 255
+    image = torch.from_numpy(pixels).to(trainer.device).permute(2, 0, 1)[None] / 255
+    if first or wanted != "auto":
+        trainer.teacher.calibrate(wanted, image)
+    if wanted == "auto":
+        chosen = distributed.agree(trainer.teacher.precision.name)
+        if not first:
+            trainer.teacher.calibrate(chosen, image)
+
+
+def prepare(trainer: Any, criterion: CWDLoss) -> list[float]:
+    """Fit the adapters, and measure the first gradients, on some batches of training images.
+
+    No random number is used up: the training sees the same images as it would without.
+
+    Args:
+        trainer: The `DistillingTrainer`, set up.
+        criterion: Its criterion.
+
+    Returns:
+        What `fit` returns; nothing if the adapters are not fitted.
+    """
+    parts = criterion, unwrap_model(trainer.model), trainer.teacher
+    explained: list[float] = []
+    with random_numbers_untouched(), autocast(trainer.amp, device=trainer.device.type):
+        batches = _training_batches(trainer)
+        if trainer.cwd.adapter == "fitted":
+            explained = fit(*parts, islice(batches, FITTED))
+        if criterion.balanced.any():
+            for batch in islice(batches, MEASURED):
+                measure(*parts, batch)
+    return explained
+
+
+def _training_batches(trainer: Any) -> Iterator[dict[str, Any]]:
+    """Yield batches of training images without end, from a loader of their own in this process."""
+    args, size = trainer.args, trainer.batch_size // max(trainer.world_size, 1)
+    kept = args.cache, args.workers
+    args.cache, args.workers = False, 0
+    loader = trainer.get_dataloader(trainer.data["train"], batch_size=size, rank=LOCAL_RANK, mode="train")
+    args.cache, args.workers = kept
+    while True:
+        yield from map(trainer.preprocess_batch, loader)
 
 
 class Regression:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_cwd.method.fit import Regression, random_numbers_untouched, statistics_untouched
+from yolo_cwd.method.prepare import Regression, random_numbers_untouched, statistics_untouched
 
 
 def maps(*shape: int, seed: int) -> torch.Tensor:

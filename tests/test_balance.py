@@ -81,3 +81,11 @@ def test_what_was_measured_survives_an_interruption() -> None:
     assert meter.ratios.tolist() == pytest.approx([2.0, 3.0])
     meter.restore([])  # a run of an older version
     assert meter.ratios.tolist() == pytest.approx([2.0, 3.0])
+
+
+def test_a_sample_counts_with_the_weight_that_follows_from_it() -> None:
+    meter = GradientMeter(["P3"])
+    meter.note(0, torch.tensor([6.0]), torch.tensor([2.0]))
+    meter.sample(lambda: 0.5 * meter.ratios)
+    assert meter.ratios.item() == pytest.approx(3.0)
+    assert meter.shares["P3"] == pytest.approx(0.5)

@@ -177,22 +177,22 @@ def test_curves_take_the_weights_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"schedule": "constant"}, "weight 100"),
-        ({}, "weight 100 falling to 0 (cosine)"),
+        ({"cwd": 100, "schedule": "constant"}, "weight 100"),
+        ({}, "gradient share 1 falling to 0 (cosine)"),
         ({"schedule": "linear", "cwd": 8, "cwd_final": 0.5}, "weight 8 falling to 4 (linear)"),
-        ({"cwd_warmup": 3}, "weight 100 after 3 epochs of rise falling to 0 (cosine)"),
+        ({"cwd": 100, "cwd_warmup": 3}, "weight 100 after 3 epochs of rise falling to 0 (cosine)"),
         ({"cwd": "balanced", "share": 0.25, "cwd_final": 0.5}, "gradient share 0.25 falling to 0.125 (cosine)"),
     ],
 )
 def test_the_weights_course_in_words(options: dict[str, Any], words: str) -> None:
-    assert Settings.parse({"teacher": "t", **options}).resolved(pretrained=False).course() == words
+    assert Settings.parse({"teacher": "t", **options}).course() == words
 
 
 def test_a_run_says_what_it_distils_and_what_came_of_it(train: Train, said: Callable[[], list[str]]) -> None:
     train(epochs=3, verbose=True, levels="P3,P4", level_weights=(1, 0.5), val=True, schedule="cosine")
     first, advice, last = said()
     assert first == (
-        f"yolov8n, from scratch, learns P3, P4 from {TEACHER} (1.1M parameters, fp32), weight 100 falling to 0 "
+        f"yolov8n learns P3, P4 from {TEACHER} (1.1M parameters, fp32), weight 100 falling to 0 "
         "(cosine), tau 1, level weights 1 0.5"
     )
     assert advice.startswith("the teacher's classes")

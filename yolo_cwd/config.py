@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +18,7 @@ import yaml
 
 SCHEDULES = ("constant", "linear", "cosine")
 ADAPTERS = ("fitted", "conv", "identity")
-AUTO, BALANCED = "auto", "balanced"  # of the option cwd, beside a number
-FROM_SCRATCH = 100.0  # what cwd=auto means for a student without weights
+BALANCED, AUTO = "balanced", "auto"  # values of cwd and of class_share beside numbers
 WEIGHT_COLUMN = "train/cwd_weight"  # of results.csv: the overall weight
 TEACHER_DTYPES = ("auto", "fp32", "bf16", "fp16")
 
@@ -68,7 +67,7 @@ class Settings:
 
     Attributes:
         teacher: Path of the model to learn from, with its suffix, or the model itself.
-        cwd: Overall weight, at least 0; or `BALANCED`; or `AUTO`, until the student is known.
+        cwd: `BALANCED`, or a fixed overall weight, at least 0.
         share: Gradient of a level's divergence beside the task's own under the balanced rule, at least 0.
         class_share: The same for the class maps of the head, under any rule.
         tau: Temperature of the softmax, above 0.
@@ -87,7 +86,7 @@ class Settings:
     teacher: Any
     cwd: float | str
     share: float
-    class_share: float | str
+    class_share: float
     tau: float
     levels: tuple[int, ...] | None
     level_weights: tuple[float, ...]
@@ -111,11 +110,13 @@ class Settings:
             ConfigError: If a value is missing, of the wrong type or out of range.
         """
         value = {name: given.get(name, option.default) for name, option in OPTIONS.items()}
+        if value["class_share"] == AUTO:
+            value["class_share"] = value["share"] if value["cwd"] == BALANCED else 0.0
         return cls(
             teacher=_teacher(value["teacher"]),
-            cwd=value["cwd"] if value["cwd"] in (AUTO, BALANCED) else _number("cwd", value["cwd"]),
+            cwd=BALANCED if value["cwd"] == BALANCED else _number("cwd", value["cwd"], or_else=f"{BALANCED} or "),
             share=_number("share", value["share"]),
-            class_share=AUTO if value["class_share"] == AUTO else _number("class_share", value["class_share"]),
+            class_share=_number("class_share", value["class_share"], or_else=f"{AUTO} or "),
             tau=_number("tau", value["tau"], zero=False),
             levels=_levels(value["levels"]),
             level_weights=_level_weights(value["level_weights"]),
@@ -145,20 +146,6 @@ class Settings:
     def balanced(self) -> bool:
         """Whether the weights follow the gradients."""
         return self.cwd == BALANCED
-
-    def resolved(self, pretrained: bool) -> Settings:
-        """Return the settings with what depends on the student decided.
-
-        Args:
-            pretrained: Whether the student came with weights.
-        """
-        cwd = self.cwd
-        if cwd == AUTO:
-            cwd = BALANCED if pretrained else FROM_SCRATCH
-        class_share = self.class_share
-        if class_share == AUTO:
-            class_share = self.share if cwd == BALANCED else 0.0
-        return replace(self, cwd=cwd, class_share=class_share)
 
     def course(self) -> str:
         """Return the overall weight and its schedule in words."""
@@ -228,12 +215,12 @@ def _teacher(value: Any) -> Any:
     return value
 
 
-def _number(name: str, value: Any, zero: bool = True, most: float = math.inf) -> float:
+def _number(name: str, value: Any, zero: bool = True, most: float = math.inf, or_else: str = "") -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not 0 <= value <= most or (value == 0 and not zero):
         bound = "at least 0" if zero else "above 0"
         upper = f" and at most {most:g}" if most < math.inf else ""
-        raise ConfigError(f"{name}={value}: must be a number {bound}{upper}, such as {name}={_example(name)}")
+        raise ConfigError(f"{name}={value}: must be {or_else}a number {bound}{upper}, such as {name}={_example(name)}")
     return float(value)
 
 

@@ -9,7 +9,7 @@ divergence has a given share of the gradient, whatever the loss, the temperature
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,19 +67,37 @@ class GradientMeter:
             self._step[i] += torch.stack([g.float().square().sum() for g in (task, ours)])
 
     def step(self, weights: Tensor) -> None:
-        """Take in what has been measured since the last step of the optimizer, in all processes together.
+        """Take in what has been watched since the last step of the optimizer, in all processes together.
 
         Args:
             weights: The weights [K] of the divergences in that time.
         """
+        squares, known = self._gathered()
+        self._epoch += torch.where(known, squares, 0)
+        self._move(torch.stack([squares[:, 0], squares[:, 1] / weights.square()], 1))
+
+    def sample(self, weights: Callable[[], Tensor]) -> None:
+        """Take in gradients of weight 1 that were noted apart from a step.
+
+        Args:
+            weights: Returns the weights [K] that follow.
+        """
+        squares, known = self._gathered()
+        self._move(squares)
+        self._epoch += torch.where(known, torch.stack([squares[:, 0], squares[:, 1] * weights().square()], 1), 0)
+
+    def _gathered(self) -> tuple[Tensor, Tensor]:
+        """Return the squares of all processes since the last call, and where they can be used [K, 1]."""
         if dist.is_initialized():
             dist.all_reduce(self._step)
-        squares = torch.stack([self._step[:, 0], self._step[:, 1] / weights.square()], 1)
+        squares = self._step.clone()
+        self._step.zero_()
+        return squares, (squares.isfinite() & (squares > 0)).all(1, keepdim=True)
+
+    def _move(self, squares: Tensor) -> None:
         known = (squares.isfinite() & (squares > 0)).all(1, keepdim=True)  # no overflow, no weight of 0
         before = torch.where(self.means > 0, self.means, squares)
         self.means = torch.where(known, MOMENTUM * before + (1 - MOMENTUM) * squares, self.means)
-        self._epoch += torch.where(known, self._step, 0)
-        self._step.zero_()
 
     def restore(self, means: Sequence[Sequence[float]]) -> None:
         """Go on from the means of an interrupted run; one that had none begins anew."""

@@ -159,7 +159,7 @@ def measure(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batch: dic
         of_ours = [torch.autograd.grad(divergences[i] * len(images), m)[0] for i, m in known]
     for (i, _), task, ours in zip(known, of_task, of_ours, strict=True):
         criterion.meter.note(i, task, ours)
-    criterion.meter.step(torch.ones(len(maps), device=images.device))
+    criterion.meter.sample(lambda: criterion.weights)
 
 
 @contextmanager

@@ -3,10 +3,14 @@
 
 `DistillingTrainer` is Ultralytics' `DetectionTrainer` whose student has its criterion wrapped. One training step is
 
-    teacher(images)  ->  pyramid                       frozen, without its head, no gradient        (teacher.py)
+    teacher(images)  ->  pyramid, class maps           frozen, without boxes, no gradient           (teacher.py)
     student(images)  ->  predictions and pyramid       as without us                                (fpn.py)
     loss  =  detection loss                            as without us
           +  weight * divergence(adapter(student map), teacher map)  for every shared level         (loss.py)
+          +  weight * divergence(student class maps, teacher class maps)
+
+The weights are such that every divergence has a share of the gradient at the student's maps (balance.py). Before the
+first step the adapters are fitted to some batches (prepare.py).
 
 Teacher and adapters belong to the trainer, never to the student: every checkpoint is a plain Ultralytics model.
 """
@@ -43,7 +47,6 @@ class DistillingTrainer(ResumableTrainer):
     Attributes:
         cwd: The checked options.
         teacher: The frozen teacher.
-        pretrained: Whether the student came with weights.
         levels: The distilled levels, finest first; known once the student is built.
         level_weights: The weight of each of them, before the overall weight.
         adapters: One module a level, from student to teacher channels, trained with the student.
@@ -79,7 +82,6 @@ class DistillingTrainer(ResumableTrainer):
         self.class_weight = 0.0
         self.criterion: CWDLoss | None = None
         self._batches = 0
-        self.pretrained = False
         self.explained: list[float] = []
         super().__init__(asked, arguments, _callbacks)
 
@@ -110,11 +112,6 @@ class DistillingTrainer(ResumableTrainer):
             nn.utils.clip_grad_norm_(adapters, max_norm=STUDENT_CLIP_NORM * self.scaler.get_scale())
         super().optimizer_step()
 
-    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
-        """Build the student as Ultralytics does, and remember whether it came with weights."""
-        self.pretrained = weights is not None
-        return super().get_model(cfg, weights, verbose)
-
     def setup_model(self) -> Any:
         """Build the student, match its pyramid with the teacher's, and make the adapters."""
         try:
@@ -124,7 +121,6 @@ class DistillingTrainer(ResumableTrainer):
             reason = f"student={self.args.model}: {first_line(error)}"
             raise ConfigError(f"{reason}; give an existing .pt checkpoint or .yaml model of a detector") from error
         student = pyramid_taps(self.model, f"student={self.args.model}")
-        self.cwd = self.cwd.resolved(self.pretrained)
         self.levels = match_levels(student, self.teacher.taps, self.cwd.levels)
         self.level_weights = self.cwd.weights_of([level.name for level in self.levels])
         if self.teacher.image_channels != self.data["channels"]:
@@ -137,7 +133,7 @@ class DistillingTrainer(ResumableTrainer):
         self.adapters = build_adapters(self.levels, self.cwd.adapter).to(self.device)
         distributed.spread(self.adapters)
         if self.cwd.cwd:
-            self.class_weight = float(self.cwd.class_share) / self.cwd.strength
+            self.class_weight = self.cwd.class_share / self.cwd.strength
             if self.class_weight:
                 self.classes = self.teacher.show_classes(list(self.data["names"].values()))
             self.teacher.settle(self.device)

@@ -61,22 +61,21 @@ def verdict(same_classes: bool, teacher: float | None, student: float | None) ->
     return f"yes: the teacher leads the student by {100 * lead:.1f} points; 'yolo_cwd compare' tells the gain"
 
 
-def balance(levels: list[dict[str, Any]], balanced: bool, pretrained: bool) -> str:
+def balance(levels: list[dict[str, Any]], balanced: bool) -> str:
     """Say how the gradient of distillation compares with the task's own, and with that of a fixed weight.
 
     Args:
         levels: The levels, each with its `name`, its `share` and the `fixed_share` under a fixed weight.
         balanced: Whether the weights follow the gradients.
-        pretrained: Whether the student came with weights.
     """
     drowned = [f"{x['name']} ({x['fixed_share']:.2g}x)" for x in levels if x["fixed_share"] > DROWNED]
     if balanced:
         kept = "distillation keeps to its share of the gradient at every level"
         return f"{kept}; a fixed cwd=100 would drown the task at {', '.join(drowned)}" if drowned else kept
     over = [f"{x['name']} ({x['share']:.2g}x)" for x in levels if x["share"] > DROWNED]
-    if over and pretrained:
+    if over:
         return f"warning: distillation drowns the task at {', '.join(over)}; cwd=balanced keeps it to a share"
-    return "fixed weights; from scratch the student's backbone learns through them" if over else "fixed weights"
+    return "the fixed weights leave the task the upper hand at every level"
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -102,7 +101,7 @@ def as_text(found: dict[str, Any]) -> str:
         "teacher": f"calculates in {found['teacher']['precision']}",
     }
     if found["levels"]:
-        paragraphs["share"] = balance(found["levels"], found["balanced"], found["pretrained"])
+        paragraphs["share"] = balance(found["levels"], found["balanced"])
     if "map50_95" in found:
         known = {who: value for who, value in found["map50_95"].items() if value is not None}
         shown = ", ".join(f"{who} {100 * value:.1f}" for who, value in known.items())

@@ -27,7 +27,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import autocast, get_flops, parse_device, unset_deterministic, unwrap_model
 
 from yolo_cwd import digits
-from yolo_cwd.config import FROM_SCRATCH, ConfigError, first_line
+from yolo_cwd.config import ConfigError, first_line
 from yolo_cwd.method.teacher import wait_for
 from yolo_cwd.study.advice import as_text, compare_classes, verdict
 from yolo_cwd.study.compare import score
@@ -43,6 +43,7 @@ PASSING = {  # keeps what a check writes in its folder, and the images in memory
     "workers": 0,
     "multi_scale": 0.0,
 }
+FIXED = 100.0  # a weight to compare with: the default of version 0.1
 BATCHES = 2
 TURNS = 3  # steps on each batch, of which the first warms up
 
@@ -123,7 +124,6 @@ def examine(words: dict[str, Any], folder: Path) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in student.parameters()),
             "gflops": round(get_flops(student, size), 1),
         },
-        "pretrained": trainer.pretrained,
         "balanced": trainer.cwd.balanced,
         "data": None if embedded else str(trainer.args.data),
         "device": str(trainer.device),
@@ -183,7 +183,7 @@ def _score(model: str, arguments: dict[str, Any], folder: Path) -> float | None:
 def _levels(trainer: CWDTrainer) -> list[dict[str, Any]]:
     assert trainer.criterion is not None
     rows, meter = [], trainer.criterion.meter
-    fixed = (FROM_SCRATCH / meter.ratios).tolist()
+    fixed = (FIXED / meter.ratios).tolist()
     for i, (level, adapter) in enumerate(zip(trainer.levels, trainer.adapters, strict=True)):
         row = {"name": level.name, "stride": level.stride, "map": trainer.args.imgsz // level.stride}
         row |= {"student_channels": level.student_channels, "teacher_channels": level.teacher_channels}

@@ -85,7 +85,6 @@ def beginning(student: str, trainer: Any) -> str:
     settings, teacher = trainer.cwd, trainer.teacher
     if not settings.cwd:
         return f"cwd=0: nothing is distilled, {student} trains as it would without a teacher"
-    origin = "" if trainer.resume else ", with its weights," if trainer.pretrained else ", from scratch,"
     learns = ", ".join(level.name for level in trainer.levels)
     if trainer.classes:
         learns += f" and the maps of {_count(len(trainer.classes), 'class')}"
@@ -99,7 +98,7 @@ def beginning(student: str, trainer: Any) -> str:
     if settings.cwd_every > 1:
         details.append(f"one batch in {settings.cwd_every}")
     return (
-        f"{student}{origin} learns {learns} from {teacher.label} "
+        f"{student} learns {learns} from {teacher.label} "
         f"({teacher.parameter_count / 1e6:.1f}M parameters, {teacher.precision}), {', '.join(details)}"
     )
 

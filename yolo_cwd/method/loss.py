@@ -136,6 +136,8 @@ class CWDLoss:
         weight: Overall weight of the divergences; the trainer sets it for every epoch.
         meter: What is measured of the gradients.
         balanced: Which of the terms are balanced [K].
+        taught: How many batches have been compared with the teacher's.
+        reaches: Whether the divergence of one of them could reach the student, and not the adapters alone.
         dropped: How many terms were not finite and were left out since somebody set it to 0.
     """
 
@@ -181,6 +183,7 @@ class CWDLoss:
         weights = [*(level_weights or [1.0] * len(self.levels)), class_weight][: len(names)]
         self._shares = torch.tensor(weights, device=device)  # of the overall weight [K]
         self.balanced = torch.tensor([balanced] * len(self.levels) + [True] * bool(self.classes), device=device)
+        self.taught, self.reaches = 0, False
         self.dropped: Tensor | int = 0
         self._sums, self._calls = torch.zeros(2, len(names)), 0
 
@@ -233,6 +236,7 @@ class CWDLoss:
             divergences = terms = torch.zeros(len(self.meter.names), device=loss.device)
         else:
             divergences = torch.stack(self.compare(*self._watched(preds), lesson))
+            self.taught += 1
             finite = divergences.isfinite()
             self.dropped = self.dropped + (~finite).sum().detach()  # on the device: reading it would wait for the step
             divergences = torch.where(finite, divergences, 0)
@@ -244,6 +248,7 @@ class CWDLoss:
 
     def _watched(self, preds: dict[str, Any]) -> tuple[list[Tensor], Tensor | None]:
         features = list(student_features(preds))
+        self.reaches = self.reaches or any(features[level.student_index].requires_grad for level in self.levels)
         for i, level in enumerate(self.levels):
             features[level.student_index] = self.meter.watch(i, features[level.student_index])
         return features, self.meter.watch(len(self.levels), student_scores(preds)) if self.classes else None

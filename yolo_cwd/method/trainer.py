@@ -38,6 +38,7 @@ from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.run import distributed, request
 from yolo_cwd.run.resumable import ResumableTrainer
 
+UNTAUGHT_BATCHES = 3  # after as many, a training that is not taught stops
 STUDENT_CLIP_NORM = 10.0  # what Ultralytics clips the student's gradient norm to
 
 
@@ -81,7 +82,7 @@ class DistillingTrainer(ResumableTrainer):
         self.classes: list[int] = []
         self.class_weight = 0.0
         self.criterion: CWDLoss | None = None
-        self._batches = 0
+        self._batches = self._untaught = 0
         self.explained: list[float] = []
         super().__init__(asked, arguments, _callbacks)
 
@@ -174,6 +175,7 @@ class DistillingTrainer(ResumableTrainer):
         begun_with = self.state.options.get("student") or str(begun_with)
         self.state.options = request.plain_options(self.cwd, begun_with, [level.stride for level in self.levels])
         self.add_callback("on_train_epoch_start", DistillingTrainer._begin_epoch)
+        self.add_callback("on_train_batch_end", DistillingTrainer._require_a_lesson)
         self.add_callback("on_train_epoch_end", DistillingTrainer._report_dropped_terms)
 
     def _begin_epoch(self) -> None:
@@ -181,6 +183,28 @@ class DistillingTrainer(ResumableTrainer):
         self.teacher.eval().requires_grad_(False)  # whatever a callback has done to it
         self.criterion.begin_epoch(self.cwd.weight(self.epoch, self.epochs) * self.cwd.cwd_every)
         self._batches = 0
+
+    def _require_a_lesson(self) -> None:
+        """Stop a training that was promised a teacher and is not taught, after a few batches.
+
+        Raises:
+            ConfigError: If no divergence was computed, none reached the student, or all were 0.
+        """
+        assert self.criterion is not None
+        self._untaught += bool(self.criterion.weight) and self._untaught >= 0
+        if self._untaught < UNTAUGHT_BATCHES * self.cwd.cwd_every:
+            return
+        self._untaught = -1  # looked at once
+        teacher = self.teacher.argument
+        if not self.criterion.taught:
+            raise ConfigError(
+                f"{teacher}: teaches nothing, its loss was never computed; a callback or a subclass replaces the "
+                "student's criterion, its loss() or preprocess_batch(): let it call ours"
+            )
+        if not self.criterion.reaches:
+            raise ConfigError(f"freeze={self.args.freeze}: {teacher} cannot reach the student; freeze fewer layers")
+        if not self.criterion.dropped and not any(self.criterion.columns["nats"].values()):
+            raise ConfigError(f"tau={self.cwd.tau:g}: {teacher} teaches nothing, every divergence is 0; use tau=1")
 
     def _report_dropped_terms(self) -> None:
         assert self.criterion is not None

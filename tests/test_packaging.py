@@ -26,12 +26,10 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_carries_the_options(tmp_path: Path, dist: Path) -> None:
     (wheel,) = dist.glob("*.whl")
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True, capture_output=True, cwd=tmp_path
-    )
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "pyyaml"], check=True, capture_output=True)
+    venv.create(tmp_path / "venv")
+    pip = [sys.executable, "-m", "pip", "--python", tmp_path / "venv" / "bin" / "python"]
+    install = [*pip, "install", "--quiet", "--no-deps", wheel, "pyyaml"]
+    subprocess.run(install, check=True, capture_output=True, cwd=tmp_path)
     command = [tmp_path / "venv" / "bin" / "yolo_cwd"]
     settings = subprocess.run([*command, "settings"], check=True, capture_output=True, text=True, cwd=tmp_path)
     assert [line.split()[0] for line in settings.stdout.splitlines()] == list(OPTIONS)

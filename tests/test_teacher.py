@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Payload
+from conftest import Payload, narrow
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.modules.head import Detect
@@ -57,6 +57,15 @@ def test_teacher_with_p6_takes_images_of_a_student_without() -> None:
     teacher = Teacher(DetectionModel("yolov8n-p6.yaml", verbose=False))
     shapes = [tuple(m.shape[-2:]) for m in teacher(torch.rand(1, 3, 96, 160))]
     assert shapes == [(12, 20), (6, 10), (3, 5), (1, 2)]
+
+
+def test_images_that_do_not_fit_the_coarsest_stride_are_padded_in_gray() -> None:
+    model = DetectionModel(narrow("yolov8n-p6.yaml"), verbose=False).eval()
+    images = torch.rand(2, 3, 96, 160, generator=torch.Generator().manual_seed(1))
+    padded = torch.full((2, 3, 128, 192), 114 / 255)  # multiples of 64
+    padded[..., :96, :160] = images
+    expected = [m[..., : 96 // s, : 160 // s] for m, s in zip(head_inputs(model, padded), (8, 16, 32, 64), strict=True)]
+    torch.testing.assert_close(load_teacher(model)(images), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -1,5 +1,6 @@
 """The frozen teacher: without its head, faithful in every precision, and refused where it cannot be used."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,14 @@ def test_calibration(monkeypatch: pytest.MonkeyPatch, wanted: str, fast: set[str
 def test_calibration_keeps_to_what_is_faithful(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_module, "MAX_ERROR", 1e-4)  # between the error of bfloat16 and none
     assert calibrated("auto", monkeypatch, {"bf16"}).precision == Precision("fp32")
+
+
+@pytest.mark.parametrize("wanted", ["auto", "fp32", "bf16"])
+def test_a_teacher_of_broken_weights_is_refused(wanted: str) -> None:
+    model = DetectionModel("yolov8n.yaml", verbose=False)
+    next(model.parameters()).data[0, 0, 0, 0] = math.nan
+    with pytest.raises(ConfigError, match=r"teacher: its features are not finite, even in float32"):
+        Teacher(model).calibrate(wanted, IMAGES)
 
 
 @pytest.mark.parametrize(

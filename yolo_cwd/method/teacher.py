@@ -93,7 +93,8 @@ class Teacher(nn.Module):
         body.__dict__.pop("criterion", None)
         head = body.model[-1]
         body.model[-1] = _HeadInputs(head)
-        self._class_branches = getattr(head, "cv3", None) or getattr(head, "one2one_cv3", None)
+        branches = getattr(head, "cv3", None) or getattr(head, "one2one_cv3", None)
+        self._unused = (branches,)  # in a tuple it is no part of this module
         self.body = body.fuse(verbose=False).requires_grad_(False)
         self._grid = max(self.taps)
 
@@ -117,8 +118,8 @@ class Teacher(nn.Module):
         """
         ours = {name: i for i, name in self.names.items()}
         known = [i for i, name in enumerate(names) if name in ours]
-        if known and self._class_branches is not None:
-            branches = deepcopy(self._class_branches).float().eval()
+        (branches,) = self._unused
+        if known and branches is not None:
             _fuse(branches)
             self.body.model[-1].show(branches.requires_grad_(False), [ours[names[i]] for i in known])
             return known
@@ -129,6 +130,7 @@ class Teacher(nn.Module):
 
         Images are channels-last everywhere, but convolutions on a CPU bring the weights into an order of their own.
         """
+        self._unused = (None,)
         self.to(device)
         if device.type == "cuda":
             self.to(memory_format=torch.channels_last)
@@ -167,12 +169,18 @@ class Teacher(nn.Module):
             images: One image or several [N, 3, H, W] in 0 to 1, on that device.
 
         Raises:
-            ConfigError: If the wanted precision overflows, or if the device does not have it.
+            ConfigError: If the features are not finite in float32, if the wanted precision overflows, or if the device
+                does not have it.
         """
-        if wanted == "fp32":
-            return
         images = _trial_images(images)
         exact, reference = self.body, self(images)
+        if not all(maps.isfinite().all() for maps in reference):
+            raise ConfigError(
+                f"{self.argument}: its features are not finite, even in float32; its weights hold NaN or are too "
+                "large: give another checkpoint"
+            )
+        if wanted == "fp32":
+            return
         seconds, trials = _seconds(self, images), [(Precision("fp32"), exact)]
         for name in _lower_precisions(images.device) if wanted == "auto" else [wanted]:
             self.body, self.precision = _converted(exact, DTYPES[name]), Precision(name)
@@ -188,7 +196,7 @@ class Teacher(nn.Module):
         del trials, faithful, chosen, exact
         gc.collect()  # fused layers refer to themselves, so that nothing else frees the copies
         if not self.precision.error < float("inf"):
-            raise ConfigError(f"teacher_dtype={wanted}: {self.argument} overflows in it; use auto, bf16 or fp32")
+            raise ConfigError(f"teacher_dtype={wanted}: {self.argument} overflows in it; use auto or fp32")
 
 
 def _converted(body: nn.Module, dtype: torch.dtype) -> nn.Module:

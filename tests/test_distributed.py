@@ -276,12 +276,8 @@ def test_two_hosts_train_together(long: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("agreed", ["fp32", "bf16"])
 def test_the_first_process_chooses_the_precision_of_all(agreed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("this CPU has no bfloat16")
-    other = {"fp32": "bf16", "bf16": "fp32"}[agreed]  # what this process would have chosen
-    monkeypatch.setattr(
-        "yolo_cwd.method.teacher._seconds", lambda teacher, _: 1.0 if teacher.precision.name == other else 2.0
-    )
+    alone = {"fp32": ["bf16"], "bf16": []}[agreed]  # what this process is fast in: it would have chosen the other one
+    monkeypatch.setattr("yolo_cwd.method.teacher._fast_precisions", lambda device: alone)
     monkeypatch.setattr("yolo_cwd.method.prepare.RANK", 1)
     monkeypatch.setattr("yolo_cwd.run.distributed.agree", lambda value: agreed)
     teacher, settings = load_teacher("yolov8n.yaml"), SimpleNamespace(teacher_dtype="auto")

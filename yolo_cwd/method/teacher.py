@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -30,32 +29,25 @@ from yolo_cwd.method.parallel import cores, in_parts
 LETTERBOX_GRAY = 114 / 255  # the value Ultralytics pads its images with
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_ERROR = 0.02  # the largest relative error of a feature map that counts as faithful
-WORTHWHILE = 0.9  # a lower precision is chosen if it takes at most this share of float32's time
-TRIALS = 2  # timed passes, after one that is not
 TRIAL_SIZE = 192  # pixels of the longer side on a CPU: they tell as much as all, in a fraction of the time
-TRIAL_IMAGES = 8  # on a GPU: one would not keep it busy, a whole batch may not fit in float32
 PART_PIXELS = 2**18  # of the images that a core of a CPU takes through the teacher at once: 2 of 320 x 320
 
 
 class Precision(NamedTuple):
-    """The numbers a teacher calculates with, as measured on this device.
+    """The numbers a teacher calculates with.
 
     Attributes:
         name: One of `DTYPES`.
-        error: Relative error of the worst level against float32, |maps - reference| / |reference|; infinite if a map
-            is not finite.
-        speed: Time of a forward pass relative to float32's.
+        error: Relative error of the worst map against float32, |maps - reference| / |reference|; infinite if a map is
+            not finite.
     """
 
     name: str
     error: float = 0.0
-    speed: float = 1.0
 
     def __str__(self) -> str:
         """Return it in words."""
-        if self.name == "fp32":
-            return self.name
-        return f"{self.name}: {self.speed:.2f}x the time of fp32, feature error {100 * self.error:.2g} %"
+        return self.name if self.name == "fp32" else f"{self.name}, feature error {100 * self.error:.2g} %"
 
 
 class Teacher(nn.Module):
@@ -161,11 +153,11 @@ class Teacher(nn.Module):
         return maps
 
     def calibrate(self, wanted: str, images: Tensor) -> None:
-        """Choose the precision to calculate with, by a trial on the device the teacher is on.
+        """Choose the precision to calculate with, by the error that it makes on the device the teacher is on.
 
         Args:
-            wanted: `auto` for the fastest precision that keeps the relative error of every level below `MAX_ERROR`,
-                or one of `DTYPES`.
+            wanted: `auto` for the first precision that the device is fast in and that keeps the relative error of every
+                map below `MAX_ERROR`, or one of `DTYPES`. No clock has a say, so that the choice is the same every time.
             images: One image or several [N, 3, H, W] in 0 to 1, on that device.
 
         Raises:
@@ -179,24 +171,23 @@ class Teacher(nn.Module):
                 f"{self.argument}: its features are not finite, even in float32; its weights hold NaN or are too "
                 "large: give another checkpoint"
             )
-        if wanted == "fp32":
-            return
-        seconds, trials = _seconds(self, images), [(Precision("fp32"), exact)]
-        for name in _lower_precisions(images.device) if wanted == "auto" else [wanted]:
+        for name in _fast_precisions(images.device) if wanted == "auto" else [wanted] * (wanted != "fp32"):
             self.body, self.precision = _converted(exact, DTYPES[name]), Precision(name)
             try:
                 error = max(_relative_error(m, r) for m, r in zip(self(images), reference, strict=True))
-                trials.append((Precision(name, error, _seconds(self, images) / seconds), self.body))
             except RuntimeError as problem:
                 if wanted != "auto":
                     raise ConfigError(f"teacher_dtype={name}: {first_line(problem)}; use auto or fp32") from problem
-        faithful = [t for t in trials if t[0].error <= MAX_ERROR and t[0].speed <= WORTHWHILE]
-        chosen = min(faithful, key=lambda t: t[0].speed, default=trials[0]) if wanted == "auto" else trials[-1]
-        self.precision, self.body = chosen
-        del trials, faithful, chosen, exact
+                continue
+            if wanted != "auto" and error == math.inf:
+                raise ConfigError(f"teacher_dtype={wanted}: {self.argument} overflows in it; use auto or fp32")
+            if wanted != "auto" or error <= MAX_ERROR:
+                self.precision = Precision(name, error)
+                break
+        else:
+            self.body, self.precision = exact, Precision("fp32")
+        del exact
         gc.collect()  # fused layers refer to themselves, so that nothing else frees the copies
-        if not self.precision.error < float("inf"):
-            raise ConfigError(f"teacher_dtype={wanted}: {self.argument} overflows in it; use auto or fp32")
 
 
 def _converted(body: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -206,9 +197,9 @@ def _converted(body: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _trial_images(images: Tensor) -> Tensor:
-    """Return the images to try precisions on: few large ones on a GPU, small ones on a CPU."""
+    """Return the images to try precisions on: as they are on a GPU, small ones on a CPU."""
     if not images.is_cpu:
-        return images[:1].expand(TRIAL_IMAGES, -1, -1, -1)
+        return images
     shrunk = TRIAL_SIZE / max(images.shape[-2:])
     return F.interpolate(images, scale_factor=shrunk, mode="bilinear") if shrunk < 1 else images
 
@@ -222,28 +213,19 @@ def _parts(images: Tensor) -> Sequence[Tensor]:
     return shares if len(shares) > threads else torch.split(images, threads * at_once)
 
 
-def _lower_precisions(device: torch.device) -> list[str]:
+def _fast_precisions(device: torch.device) -> list[str]:
+    """Return the lower precisions that a device has instructions for, the most exact first."""
     if device.type == "cuda":
         return ["fp16", "bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["fp16"]
-    return ["bf16"] if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+    if device.type == "cpu":
+        instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return ["bf16"] if any(getattr(torch.cpu, name, bool)() for name in instructions) else []
+    return []
 
 
 def _relative_error(maps: Tensor, reference: Tensor) -> float:
     error = float((maps.float() - reference).norm() / reference.norm())
     return error if error < float("inf") else float("inf")  # not-a-number as well
-
-
-def _seconds(teacher: Teacher, images: Tensor) -> float:
-    """Return the time of the fastest of a few forward passes; the teacher has made one before."""
-    return min(_timed(teacher, images) for _ in range(TRIALS))
-
-
-def _timed(teacher: Teacher, images: Tensor) -> float:
-    wait_for(images.device)
-    begin = time.perf_counter()
-    teacher(images)
-    wait_for(images.device)
-    return time.perf_counter() - begin
 
 
 def wait_for(device: torch.device) -> None:

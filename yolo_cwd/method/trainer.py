@@ -174,6 +174,8 @@ class DistillingTrainer(ResumableTrainer):
         begun_with = student.yaml.get("yaml_file") if self.resume else self.args.model
         begun_with = self.state.options.get("student") or str(begun_with)
         self.state.options = request.plain_options(self.cwd, begun_with, [level.stride for level in self.levels])
+        if self.cwd.cwd:  # a resumed run keeps the precision, wherever it goes on
+            self.state.options["teacher_dtype"] = self.teacher.precision.name
         self.add_callback("on_train_epoch_start", DistillingTrainer._begin_epoch)
         self.add_callback("on_train_batch_end", DistillingTrainer._require_a_lesson)
         self.add_callback("on_train_epoch_end", DistillingTrainer._report_dropped_terms)

@@ -26,10 +26,8 @@ def announce(trainer: Any) -> None:
     student, teacher = Path(trainer.state.options["student"]).stem, trainer.teacher
     _say(trainer, report.beginning(student, trainer))
     settings = {**trainer.state.options, "teacher": teacher.label}
-    if trainer.cwd.cwd:
-        settings["teacher_dtype"] = teacher.precision.name
-        if teacher.names != trainer.data["names"]:
-            _say(trainer, OTHER_CLASSES)
+    if trainer.cwd.cwd and teacher.names != trainer.data["names"]:
+        _say(trainer, OTHER_CLASSES)
     YAML.save(trainer.save_dir / "cwd.yaml", settings)
     if _drawn(trainer):
         plots.remember_start(trainer)

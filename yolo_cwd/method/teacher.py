@@ -157,7 +157,7 @@ class Teacher(nn.Module):
 
         Args:
             wanted: `auto` for the first precision that the device is fast in and that keeps the relative error of every
-                map below `MAX_ERROR`, or one of `DTYPES`. No clock has a say, so that the choice is the same every time.
+                map below `MAX_ERROR`, or one of `DTYPES`. No clock has a say: the choice is the same every time.
             images: One image or several [N, 3, H, W] in 0 to 1, on that device.
 
         Raises:

@@ -15,6 +15,7 @@ from processes import Started
 from test_trainer import TERMS, rows
 from torch import nn
 from ultralytics import YOLO
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_cwd import ConfigError, CWDTrainer
@@ -87,6 +88,27 @@ def test_resume_goes_on_where_it_stopped(train: Train, tmp_path: Path) -> None:
     assert trainer.save_dir == last.parent.parent
     assert sorted(f.name for f in last.parent.iterdir()) == ["best.pt", "last.pt"]
     assert type(YOLO(last).model) is DetectionModel
+
+
+def test_an_epoch_whose_checkpoint_is_missing_is_in_the_table_once(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = BaseTrainer.save_model
+
+    def killed(trainer: CWDTrainer) -> Any:
+        if trainer.epoch == 1:  # its row has been written
+            raise StopError
+        return save(trainer)
+
+    monkeypatch.setattr(BaseTrainer, "save_model", killed)
+    with pytest.raises(StopError):
+        train(name="run", epochs=3)
+    monkeypatch.setattr(BaseTrainer, "save_model", save)
+    folder = tmp_path / "runs" / "run"
+    assert [line.split(",")[0].strip() for line in (folder / "results.csv").read_text().splitlines()[1:]] == ["1", "2"]
+    trainer = resume(folder / "weights" / "last.pt")
+    assert trainer.start_epoch == 1
+    assert [row["epoch"] for row in rows(trainer)] == [1, 2, 3]
 
 
 def test_resume_by_the_model_object(train: Train, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ SHORT = {
     "device": "cpu",
     "verbose": False,
 }
-TAUGHT = {"teacher": TEACHER, "cwd": 100.0, "teacher_dtype": "fp32", "schedule": "constant"}
+TAUGHT = {"teacher": TEACHER, "cwd": 100.0, "adapter": "conv", "teacher_dtype": "fp32", "schedule": "constant"}
 
 
 class Payload:

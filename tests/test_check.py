@@ -41,6 +41,7 @@ def test_levels_adapters_and_models(tmp_path: Path) -> None:
     words = {**WORDS, **WHOLE, "imgsz": 96, "levels": "P4,P5", "level_weights": (1, 0.5)}
     found = examine(words, tmp_path)
     p4, p5 = found["levels"]
+    assert all(level.pop("share") > 0 < level.pop("fixed_share") for level in (p4, p5))
     assert p4 == {
         "name": "P4",
         "stride": 16,
@@ -69,7 +70,14 @@ def test_step_is_measured_against_a_plain_one(tmp_path: Path, monkeypatch: pytes
             calls.append(module)
         return forward(module, *args, **kwargs)
 
-    monkeypatch.setattr(nn.Module, "__call__", count)
+    step = check._step
+
+    def counted(trainer: check.CWDTrainer, raw: dict[str, torch.Tensor]) -> float:
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "__call__", count)
+            return step(trainer, raw)
+
+    monkeypatch.setattr(check, "_step", counted)
     found = examine({**WORDS, **WHOLE}, tmp_path)
     assert len(calls) == 6  # three turns of two batches, the plain steps without
     seconds = found["step_seconds"]
@@ -105,7 +113,7 @@ def test_cost_is_that_of_the_training(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(check, "_peak", peak)
     monkeypatch.setattr(check, "_step", lambda trainer, raw: 3.0 if trainer.criterion.weight else 1.0)
-    found = examine({**WORDS, **WHOLE, "cwd_every": 4}, tmp_path)
+    found = examine({**WORDS, **WHOLE, "cwd_every": 4, "class_share": 0}, tmp_path)
     assert found["step_seconds"] == {"plain": 1.0, "distilled": 1.5}
     assert found["step_ratio"] == 1.5
     # a YOLOv8s body without its head and its normalization, and adapters, in float32

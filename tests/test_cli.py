@@ -82,7 +82,10 @@ SHORT = ["imgsz=64", "batch=4", "epochs=1", "plots=False", "device=cpu"]
 def test_training_by_command_from_start_to_export(data: str, tmp_path: Path) -> None:
     result = run("train", f"teacher={TEACHER}", f"student={STUDENT}", f"data={data}", *SHORT, f"project={tmp_path}")
     assert result.returncode == 0, result.stderr
-    assert f"learns P3, P4, P5 from {TEACHER} (1.1M parameters, " in result.stdout + result.stderr
+    assert (
+        f"learns P3, P4, P5 and the maps of 10 classes from {TEACHER} (1.1M parameters, "
+        in result.stdout + result.stderr
+    )
     best = tmp_path / "train" / "weights" / "best.pt"
     images = Path(data).parent / "images" / "val"
     ended = Started("processes:use_without_us", str(best), data, str(images), cwd=tmp_path).wait()
@@ -114,15 +117,15 @@ BAD_INPUT = {
     "level_weights of the wrong length": (["level_weights=1,2"], "2 weights for the 3 distilled levels P3, P4, P5"),
     "negative level weight": (["level_weights=1,1,-1"], "level_weights=-1: must be a number at least 0"),
     "tau of zero": (["tau=0"], "tau=0: must be a number above 0"),
-    "negative weight": (["cwd=-1"], "cwd=-1: must be a number at least 0"),
-    "NaN": (["cwd=nan"], "cwd=nan: must be a number at least 0"),
+    "negative weight": (["cwd=-1"], "cwd=-1: must be balanced or a number at least 0"),
+    "NaN": (["cwd=nan"], "cwd=nan: must be balanced or a number at least 0"),
     "infinite": (["tau=inf"], "tau=inf: must be a number above 0"),
     "wrong type": (["tau=warm"], "tau=warm: must be a number above 0"),
     "wrong type of an Ultralytics argument": (["epochs=many"], "epochs=many"),
     "value out of an Ultralytics range": (["mosaic=2"], "mosaic=2"),
     "unknown optimizer": (["optimizer=Magic"], "Magic"),
     "schedule": (["schedule=cosin"], "schedule=cosin: must be one of constant, linear, cosine"),
-    "adapter": (["adapter=mlp"], "adapter=mlp: must be one of conv, identity"),
+    "adapter": (["adapter=mlp"], "adapter=mlp: must be one of fitted, conv, identity"),
     "identity adapter": (["adapter=identity"], "P3 has 64 channels in the student and 128 in the teacher"),
     "missing data": (["data=None"], "data=None: missing"),
     "absent data": (["data=absent.yaml"], "data=absent.yaml: "),

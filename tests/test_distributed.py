@@ -132,7 +132,7 @@ def test_torchrun_trains_as_one_run(models: dict[str, Path], data: str, tmp_path
     assert [f.name for f in folder.parent.iterdir()] == ["two"]
     assert polars.read_csv(folder / "results.csv")["epoch"].to_list() == [1, 2]
     assert {"best.pt", "last.pt"} == {f.name for f in (folder / "weights").iterdir()}
-    assert result.stdout.count("learns P3, P4, P5 from") == 1
+    assert result.stdout.count("learns P3, P4, P5 ") == 1
     ckpt = torch.load(folder / "weights" / "best.pt", weights_only=False)
     assert len(ckpt["train_results"]["epoch"]) == 2
     assert YOLO(folder / "weights" / "best.pt").val(data=data, imgsz=64, plots=False).box.map >= 0

@@ -206,4 +206,4 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     reference = (tmp_path / "site" / "python" / "index.html").read_text(encoding="utf-8")
     assert "yolo_cwd.method.loss.channel_wise_divergence" in reference
-    assert "cwd_warmup" in (tmp_path / "site" / "recipes" / "index.html").read_text(encoding="utf-8")
+    assert "lr0" in (tmp_path / "site" / "recipes" / "index.html").read_text(encoding="utf-8")

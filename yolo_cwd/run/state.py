@@ -9,7 +9,7 @@ tensors, numbers and strings only, and is read by torch's restricted loader.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,15 @@ class RunState:
         self.start: dict[str, Tensor] = dict(start or {})
 
     def remember(
-        self, epoch: int, adapters: nn.Module, optimizer: torch.optim.Optimizer, measured: list[list[float]]
+        self, epoch: int, adapters: nn.Module, optimizer: torch.optim.Optimizer, measured: Sequence[Any] = ()
     ) -> None:
         """Keep the state at the end of an epoch, and forget all but the last few."""
         moments = [_to_cpu(optimizer.state.get(p, {})) for p in adapters.parameters()]
-        self.epochs[epoch] = {"adapters": _to_cpu(adapters.state_dict()), "optimizer": moments, "measured": measured}
+        self.epochs[epoch] = {
+            "adapters": _to_cpu(adapters.state_dict()),
+            "optimizer": moments,
+            "measured": list(measured),
+        }
         self.epochs = {e: self.epochs[e] for e in sorted(self.epochs) if epoch - KEPT_EPOCHS < e <= epoch}
 
     def restore(self, epoch: int, adapters: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -68,11 +68,11 @@ def balance(levels: list[dict[str, Any]], balanced: bool) -> str:
         levels: The levels, each with its `name`, its `share` and the `fixed_share` under a fixed weight.
         balanced: Whether the weights follow the gradients.
     """
-    drowned = [f"{x['name']} ({x['fixed_share']:.2g}x)" for x in levels if x["fixed_share"] > DROWNED]
+    drowned = [f"{x['name']} ({_times(x['fixed_share'])})" for x in levels if x["fixed_share"] > DROWNED]
     if balanced:
         kept = "distillation keeps to its share of the gradient at every level"
         return f"{kept}; a fixed cwd=100 would drown the task at {', '.join(drowned)}" if drowned else kept
-    over = [f"{x['name']} ({x['share']:.2g}x)" for x in levels if x["share"] > DROWNED]
+    over = [f"{x['name']} ({_times(x['share'])})" for x in levels if x["share"] > DROWNED]
     if over:
         return f"warning: distillation drowns the task at {', '.join(over)}; cwd=balanced keeps it to a share"
     return "the fixed weights leave the task the upper hand at every level"
@@ -81,7 +81,7 @@ def balance(levels: list[dict[str, Any]], balanced: bool) -> str:
 def as_text(found: dict[str, Any]) -> str:
     """Return the findings in words and tables for a terminal of 100 columns."""
     lines = []
-    for who, part in (("teacher", "without its head"), ("student", "whole")):
+    for who, part in (("teacher", "of what is used"), ("student", "whole")):
         model = found[who]
         name = model["model"] if len(model["model"]) <= 38 else "..." + model["model"][-35:]
         size = f"{model['parameters'] / 1e6:6.2f}M parameters, {model['gflops']:6.1f} GFLOPs {part}"
@@ -89,7 +89,7 @@ def as_text(found: dict[str, Any]) -> str:
     lines += ["", f"level  stride      map  {'student':>9}  {'teacher':>9}  {'adapter':>9}  {'share':>7}  cwd=100"]
     for x in found["levels"]:
         channels = f"{x['student_channels']:9,}  {x['teacher_channels']:9,}  {x['adapter_parameters']:9,}"
-        shares = f"{x['share']:6.2g}x  {x['fixed_share']:6.2g}x"
+        shares = f"{_times(x['share']):>7}  {_times(x['fixed_share']):>7}"
         lines.append(f"{x['name']:5}  {x['stride']:6}  {x['map']:3}x{x['map']:<3}  {channels}  {shares}")
     where = f"batch {found['batch']}, {found['imgsz']} px, {found['device']}"
     on = "the embedded digits" if found["data"] is None else "the data"
@@ -108,6 +108,10 @@ def as_text(found: dict[str, Any]) -> str:
         paragraphs["mAP50-95"] = shown or "not known"
     lines += ["", *(_paragraph(*item) for item in (paragraphs | {"classes": found["classes"]}).items())]
     return "\n".join([*lines, "", _paragraph("verdict", found["verdict"])])
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2g}x" if ratio < 10 else f"{ratio:,.0f}x"
 
 
 def _paragraph(name: str, text: str) -> str:

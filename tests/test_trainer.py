@@ -417,7 +417,7 @@ def test_python_api_of_ultralytics(data: str, tmp_path: Path, checkpoints: Path)
     head = teacher.model.model[-1]
     model = YOLO(STUDENT)
     arguments = {"imgsz": 64, "batch": 4, "epochs": 1, "plots": False, "project": str(tmp_path), "verbose": False}
-    model.train(trainer=CWDTrainer, teacher=teacher, data=data, cwd=3.0, **arguments)
+    model.train(trainer=CWDTrainer, teacher=teacher, data=data, cwd=3.0, adapter="conv", **arguments)
     assert rows(model.trainer)[0]["train/cwd_loss"] > 0
     assert teacher.model.model[-1] is head
     assert type(model.model) is DetectionModel

@@ -1,5 +1,6 @@
 """Fixtures: a tiny data set, tiny models, and short trainings in a folder of their own."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -73,6 +74,12 @@ class Payload:
 def pytest_xdist_auto_num_workers() -> int:
     """One worker a core, but no more than memory is likely to be there for: each takes about 1 GB."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what has been imported out of the three collections that Ultralytics asks for in every training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -320,7 +320,7 @@ def test_adapters_are_clipped_by_their_own_norm_whatever_the_loss_scale(train: T
 
         trainer.optimizer.step = note
 
-    train(cwd=1e6, callbacks={"on_train_start": scaled})
+    train(cwd=1e6, adapter="conv", callbacks={"on_train_start": scaled})
     assert norms == pytest.approx([10.0, 10.0], rel=1e-3)
 
 

@@ -111,14 +111,6 @@ def test_the_weight_is_that_of_gradients_taken_apart(
     assert shares == pytest.approx([0.3], rel=1e-3)
 
 
-@pytest.mark.slow  # compiling takes a minute
-def test_shares_hold_in_a_compiled_graph(train: Train, student: str, teacher: DetectionModel) -> None:
-    trainer = train(model=student, teacher=teacher, cwd="balanced", share=0.3, compile=True, epochs=2)
-    row = table(trainer)[-1]
-    for name in ("P3", "P4", "P5"):
-        assert row[f"train/{name}_share"] == pytest.approx(0.3, rel=0.01), "measured on the first batch of the epoch"
-
-
 @pytest.mark.skipif(not PRETRAINED.exists(), reason="the checkpoints are not here")
 def test_adapters_begin_fitted(train: Train) -> None:
     first = {}

@@ -94,7 +94,9 @@ class DistillingTrainer(ResumableTrainer):
         """
         batch = super().preprocess_batch(batch)
         if self.criterion is not None and self.criterion.weight and self._batches % self.cwd.cwd_every == 0:
-            if self.args.compile and self._batches == 0:  # what flows inside a compiled graph cannot be watched
+            if (
+                self.args.compile and self.cwd.balanced and not self._batches
+            ):  # what flows inside a compiled graph cannot be watched
                 measure(self.criterion, unwrap_model(self.model), self.teacher, batch)
             batch["teacher_maps"] = self.teacher(batch["img"])
         self._batches += 1

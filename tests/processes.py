@@ -16,6 +16,7 @@ from typing import NamedTuple
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torchvision", "cv2"])  # not Ultralytics, which reads RANK when imported
 OUTPUTS = ("stdout", "stderr")
+TIMEOUT = 240.0
 
 
 class Ended(NamedTuple):
@@ -41,7 +42,7 @@ class Started:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
-    def wait(self, timeout: float = 120) -> Ended:
+    def wait(self, timeout: float = TIMEOUT) -> Ended:
         """Wait for the end."""
         self.process.join(timeout)
         if self.process.exitcode is None:
@@ -98,8 +99,11 @@ def together(processes: int, function: str, *words: str, cwd: Path) -> list[Ende
     shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     started = [Started(function, *words, cwd=cwd, env=rank) for rank in ranks]
+    deadline = time.monotonic() + TIMEOUT
     while any(s.process.is_alive() for s in started) and not any(s.process.exitcode for s in started):
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.02)
     for one in started:
         one.process.terminate()
-    return [one.wait() for one in started]
+    return [one.wait(60) for one in started]

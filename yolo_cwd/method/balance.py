@@ -72,8 +72,8 @@ class GradientMeter:
         Args:
             weights: The weights [K] of the divergences in that time.
         """
-        squares, known = self._gathered()
-        self._epoch += torch.where(known, squares, 0)
+        squares = self._gathered()
+        self._epoch += torch.where(_usable(squares), squares, 0)
         self._move(torch.stack([squares[:, 0], squares[:, 1] / weights.square()], 1))
 
     def sample(self, weights: Callable[[], Tensor]) -> None:
@@ -82,22 +82,22 @@ class GradientMeter:
         Args:
             weights: Returns the weights [K] that follow.
         """
-        squares, known = self._gathered()
+        squares = self._gathered()
         self._move(squares)
-        self._epoch += torch.where(known, torch.stack([squares[:, 0], squares[:, 1] * weights().square()], 1), 0)
+        weighted = torch.stack([squares[:, 0], squares[:, 1] * weights().square()], 1)
+        self._epoch += torch.where(_usable(squares), weighted, 0)
 
-    def _gathered(self) -> tuple[Tensor, Tensor]:
-        """Return the squares of all processes since the last call, and where they can be used [K, 1]."""
+    def _gathered(self) -> Tensor:
+        """Return the squares [K, 2] of all processes since the last call."""
         if dist.is_initialized():
             dist.all_reduce(self._step)
         squares = self._step.clone()
         self._step.zero_()
-        return squares, (squares.isfinite() & (squares > 0)).all(1, keepdim=True)
+        return squares
 
     def _move(self, squares: Tensor) -> None:
-        known = (squares.isfinite() & (squares > 0)).all(1, keepdim=True)  # no overflow, no weight of 0
         before = torch.where(self.means > 0, self.means, squares)
-        self.means = torch.where(known, MOMENTUM * before + (1 - MOMENTUM) * squares, self.means)
+        self.means = torch.where(_usable(squares), MOMENTUM * before + (1 - MOMENTUM) * squares, self.means)
 
     def restore(self, means: Sequence[Sequence[float]]) -> None:
         """Go on from the means of an interrupted run; one that had none begins anew."""
@@ -114,3 +114,8 @@ class GradientMeter:
         task, ours = self._epoch.unbind(1)
         values = (ours / task).sqrt().nan_to_num(posinf=0).tolist()
         return dict(zip(self.names, values, strict=True))
+
+
+def _usable(squares: Tensor) -> Tensor:
+    """Return which squares [K, 2] tell anything [K, 1]: those without overflow and of no weight of 0."""
+    return (squares.isfinite() & (squares > 0)).all(1, keepdim=True)

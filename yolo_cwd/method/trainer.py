@@ -26,12 +26,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_cwd import digits
 from yolo_cwd.config import WEIGHT_COLUMN, ConfigError, first_line, unusable_data
-from yolo_cwd.method.fpn import (
-    Level,
-    build_adapters,
-    match_levels,
-    pyramid_taps,
-)
+from yolo_cwd.method.fpn import Level, build_adapters, match_levels, pyramid_taps
 from yolo_cwd.method.loss import CLASS_MAPS, CWDLoss
 from yolo_cwd.method.prepare import choose_precision, measure, prepare
 from yolo_cwd.method.teacher import load_teacher
@@ -82,7 +77,7 @@ class DistillingTrainer(ResumableTrainer):
         self.classes: list[int] = []
         self.class_weight = 0.0
         self.criterion: CWDLoss | None = None
-        self._batches = self._untaught = 0
+        self._batches = self._weighted_batches = 0
         self.explained: list[float] = []
         super().__init__(asked, arguments, _callbacks)
 
@@ -94,9 +89,8 @@ class DistillingTrainer(ResumableTrainer):
         """
         batch = super().preprocess_batch(batch)
         if self.criterion is not None and self.criterion.weight and self._batches % self.cwd.cwd_every == 0:
-            if (
-                self.args.compile and self.cwd.balanced and not self._batches
-            ):  # what flows inside a compiled graph cannot be watched
+            unwatched = self.args.compile and self.cwd.balanced  # what flows inside a compiled graph cannot be watched
+            if unwatched and self._batches == 0:
                 measure(self.criterion, unwrap_model(self.model), self.teacher, batch)
             batch["teacher_maps"] = self.teacher(batch["img"])
         self._batches += 1
@@ -195,10 +189,11 @@ class DistillingTrainer(ResumableTrainer):
             ConfigError: If no divergence was computed, none reached the student, or all were 0.
         """
         assert self.criterion is not None
-        self._untaught += bool(self.criterion.weight) and self._untaught >= 0
-        if self._untaught < UNTAUGHT_BATCHES * self.cwd.cwd_every:
+        if not self.criterion.weight:
             return
-        self._untaught = -1  # looked at once
+        self._weighted_batches += 1
+        if self._weighted_batches != UNTAUGHT_BATCHES * self.cwd.cwd_every:
+            return
         teacher = self.teacher.argument
         if not self.criterion.taught:
             raise ConfigError(

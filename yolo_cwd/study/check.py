@@ -187,8 +187,8 @@ def _levels(trainer: CWDTrainer) -> list[dict[str, Any]]:
     for i, (level, adapter) in enumerate(zip(trainer.levels, trainer.adapters, strict=True)):
         row = {"name": level.name, "stride": level.stride, "map": trainer.args.imgsz // level.stride}
         row |= {"student_channels": level.student_channels, "teacher_channels": level.teacher_channels}
-        rows.append({**row, "adapter_parameters": sum(p.numel() for p in adapter.parameters())})
-        rows[-1] |= {"weight": trainer.level_weights[i], "share": meter.shares[level.name], "fixed_share": fixed[i]}
+        row |= {"adapter_parameters": sum(p.numel() for p in adapter.parameters()), "weight": trainer.level_weights[i]}
+        rows.append({**row, "share": meter.shares[level.name], "fixed_share": fixed[i]})
     return rows
 
 

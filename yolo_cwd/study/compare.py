@@ -135,6 +135,10 @@ class Comparison:
             for arm in self.arms:
                 yield arm, seed
 
+    def teacher_of(self, arm: Arm) -> str:
+        """Return the checkpoint that an arm learns from, its own or that of all."""
+        return with_suffix(str(arm.arguments.get("teacher", self.teacher)))
+
     def result_file(self, name: str) -> Path:
         """Return the file that holds the scores of a complete run, or of the teacher."""
         return self.folder / "results" / f"{name}.json"
@@ -251,8 +255,8 @@ def run(words: dict[str, Any]) -> dict[str, Any]:
         ConfigError: If they cannot be used, or if the folder holds another comparison.
     """
     comparison = Comparison.parse(words)
-    for teacher in {comparison.teacher, *(arm.arguments.get("teacher", comparison.teacher) for arm in comparison.arms)}:
-        load_teacher(with_suffix(str(teacher)))
+    for teacher in {comparison.teacher, *map(comparison.teacher_of, comparison.arms)}:
+        load_teacher(teacher)
     comparison.arguments["data"] = digits.resolve(comparison.arguments["data"])
     classes = _classes_of_data(comparison)
     _claim_folder(comparison)
@@ -340,8 +344,7 @@ def train_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
     folder = comparison.folder / "runs" / _name(arm, seed)
     words = {**comparison.arguments, **arm.arguments}
     place = {"seed": seed, "project": str(folder.parent), "name": folder.name, "exist_ok": True}
-    teacher = str(Settings.parse({"teacher": words.pop("teacher", comparison.teacher)}).teacher)
-    seconds = _train(arm.method, teacher, {**words, **place}, folder)
+    seconds = _train(arm.method, comparison.teacher_of(arm), {**words, **place}, folder)
     weights = next(file for file in _checkpoints(folder) if file.exists())
     scores = score(weights, comparison.arguments, comparison.split, folder)
     curve = [row[SCORE] for row in read_rows(folder / "results.csv")] if words.get("val", True) else []

@@ -87,7 +87,7 @@ def beginning(student: str, trainer: Any) -> str:
         return f"cwd=0: nothing is distilled, {student} trains as it would without a teacher"
     learns = ", ".join(level.name for level in trainer.levels)
     if trainer.classes:
-        learns += f" and the maps of {_count(len(trainer.classes), 'class')}"
+        learns += f" and the maps of {len(trainer.classes)} {'classes' if len(trainer.classes) > 1 else 'class'}"
     details = [settings.course(), f"tau {settings.tau:g}"]
     if set(settings.level_weights) != {1.0}:
         details.append("level weights " + " ".join(f"{w:g}" for w in settings.level_weights))
@@ -101,10 +101,6 @@ def beginning(student: str, trainer: Any) -> str:
         f"{student} learns {learns} from {teacher.label} "
         f"({teacher.parameter_count / 1e6:.1f}M parameters, {teacher.precision}), {', '.join(details)}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}es"
 
 
 def outcome(curves: Curves) -> str:

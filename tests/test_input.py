@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import STUDENT, TEACHER
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,10 +28,8 @@ OURS = {
     "teacher_dtype": st.sampled_from(TEACHER_DTYPES),
     "levels": LEVELS,
     "normalize": st.sampled_from(["True", "False", "1"]),
-    "teacher": st.sampled_from(
-        ["yolov8n.yaml", "yolov8n-p2.yaml", "yolov8n-seg.yaml", "absent.pt", "absent.yaml", "a.onnx"]
-    ),
-    "student": st.sampled_from(["yolov8n.yaml", "yolo11n.yaml", "yolov8n-cls.yaml", "absent.pt", "absent.yaml"]),
+    "teacher": st.sampled_from([TEACHER, "yolov8n-p2.yaml", "yolov8n-seg.yaml", "absent.pt", "absent.yaml", "a.onnx"]),
+    "student": st.sampled_from([STUDENT, "yolo11n.yaml", "yolov8n-cls.yaml", "absent.pt", "absent.yaml"]),
 }
 THEIRS = {
     "epochs": NUMBERS,
@@ -78,8 +77,8 @@ def check(typed: list[str], data: str, folder: Path, capsys: pytest.CaptureFixtu
     folder.mkdir()
     given_names = {word.partition("=")[0] for word in typed}
     usual = {
-        "teacher": "yolov8n.yaml",
-        "student": "yolov8n.yaml",
+        "teacher": TEACHER,
+        "student": STUDENT,
         "data": data,
         "imgsz": "64",
         "batch": "4",
@@ -109,7 +108,7 @@ def test_any_input(typed: list[str], try_out: Callable[[list[str]], None]) -> No
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None, suppress_health_check=RELAXED)
+@settings(max_examples=150, deadline=None, suppress_health_check=RELAXED)
 @given(typed=words())
 def test_much_more_input(typed: list[str], try_out: Callable[[list[str]], None]) -> None:
     try_out(typed)

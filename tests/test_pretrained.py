@@ -23,6 +23,7 @@ from yolo_cwd.run.state import FILE, load_state
 
 PRETRAINED = Path(__file__).parents[2] / "shared" / "data" / "pretrained"
 Train = Callable[..., CWDTrainer]
+compile_ = torch.compile
 
 
 def settled(model: DetectionModel, data: str) -> DetectionModel:
@@ -75,6 +76,20 @@ def test_distillation_gets_its_share_of_the_gradient(train: Train, student: str,
     for name, wanted in {"P3": 0.25, "P4": 0.5, "P5": 0.25, "classmap": 0.5}.items():
         assert wanted / 2 < row[f"train/{name}_share"] < 2 * wanted, name  # gradients of random networks jump
         assert row[f"train/{name}_loss"] > 0
+
+
+def test_a_compiled_step_has_the_weights_of_an_eager_one(
+    train: Train, student: str, teacher: DetectionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is traced is what counts, not the machine code that Inductor would make of it in minutes."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend="aot_eager"))
+    options = {"model": student, "teacher": teacher, "cwd": "balanced", "adapter": "fitted", "lr0": 1e-7}
+    runs = [train(**options, compile=on) for on in (False, True)]
+    assert [hasattr(run.model, "_orig_mod") for run in runs] == [False, True]
+    eager, compiled = (table(run)[0] for run in runs)
+    for name in ("P3", "P4", "P5", "classmap"):
+        assert compiled[f"train/{name}_share"] > 0
+        assert compiled[f"train/{name}_loss"] == pytest.approx(eager[f"train/{name}_loss"], rel=0.5)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +153,18 @@ def test_the_training_sees_the_same_images_as_without_a_teacher(
         run(model=student, mosaic=1.0, seed=3, workers=0)
     assert len(seen[CWDTrainer]) == 2
     assert seen[CWDTrainer] == seen[DetectionTrainer]
+
+
+def test_an_interrupt_while_adapters_are_fitted_leaves_no_folder(
+    train: Train, tmp_path: Path, student: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted_by_the_user(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("yolo_cwd.method.prepare.fit", interrupted_by_the_user)
+    with pytest.raises(KeyboardInterrupt):
+        train(model=student, adapter="fitted")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_resumed_run_goes_on_with_its_rule_and_its_measurements(train: Train, tmp_path: Path, student: str) -> None:

@@ -362,17 +362,6 @@ def test_ultralytics_arguments_work_with_distillation(train: Train, name: str) -
     assert all(0 < row[f"train/{term}"] < 1e3 for row in rows(trainer) for term in TERMS)
 
 
-@pytest.mark.slow
-def test_compile(train: Train) -> None:
-    trainer = train(compile=True)
-    assert trainer.model is not unwrapped(trainer)
-    assert rows(trainer)[0]["train/cwd_loss"] > 0
-
-
-def unwrapped(trainer: CWDTrainer) -> nn.Module:
-    return trainer.model._orig_mod
-
-
 FAMILIES = {
     "yolov3-tiny.yaml": "P4 P5",
     "yolov3.yaml": "P3 P4 P5",

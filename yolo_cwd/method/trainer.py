@@ -147,8 +147,13 @@ class DistillingTrainer(ResumableTrainer):
     def _setup_train(self) -> None:
         with self.folder.removed_on_failure():
             super()._setup_train()
-            if self.cwd.cwd:
-                choose_precision(self)
+            self._wrap_criterion()
+            self._prepare()
+        self.add_callback("on_train_epoch_start", DistillingTrainer._begin_epoch)
+        self.add_callback("on_train_batch_end", DistillingTrainer._require_a_lesson)
+        self.add_callback("on_train_epoch_end", DistillingTrainer._report_dropped_terms)
+
+    def _wrap_criterion(self) -> None:
         student = unwrap_model(self.model)
         self.criterion = student.criterion = CWDLoss(
             getattr(student, "criterion", None) or student.init_criterion(),
@@ -163,18 +168,21 @@ class DistillingTrainer(ResumableTrainer):
             class_weight=self.class_weight,
             device=self.device,
         )
+
+    def _prepare(self) -> None:
+        """Choose the teacher's precision, fit the adapters, and measure first gradients, or take up those of the run."""
+        assert self.criterion is not None
+        if self.cwd.cwd:
+            choose_precision(self)
         if self.cwd.cwd and self.resume:
             self.criterion.meter.restore(self.state.measured)
         elif self.cwd.cwd:
             self.explained = prepare(self, self.criterion)
-        begun_with = student.yaml.get("yaml_file") if self.resume else self.args.model
+        begun_with = unwrap_model(self.model).yaml.get("yaml_file") if self.resume else self.args.model
         begun_with = self.state.options.get("student") or str(begun_with)
         self.state.options = request.plain_options(self.cwd, begun_with, [level.stride for level in self.levels])
         if self.cwd.cwd:  # a resumed run keeps the precision, wherever it goes on
             self.state.options["teacher_dtype"] = self.teacher.precision.name
-        self.add_callback("on_train_epoch_start", DistillingTrainer._begin_epoch)
-        self.add_callback("on_train_batch_end", DistillingTrainer._require_a_lesson)
-        self.add_callback("on_train_epoch_end", DistillingTrainer._report_dropped_terms)
 
     def _begin_epoch(self) -> None:
         assert self.criterion is not None

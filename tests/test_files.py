@@ -16,6 +16,7 @@ from test_compare import result
 from yolo_cwd.run import files
 from yolo_cwd.run.files import checkpoints_written_whole, drop_rows_after, optimizers_stripped_whole, write_whole
 from yolo_cwd.study import compare
+from yolo_cwd.tasks import TASKS
 from yolo_cwd.view.report import read_curves
 
 fcntl = pytest.importorskip("fcntl", reason="how a file has been opened cannot be asked here")
@@ -159,7 +160,7 @@ def test_rows_under_another_locale(tmp_path: Path) -> None:
     table.write_bytes("epoch,train/cwd_weight,größe\n1,5,1\n2,4,1\n3,3,1\n".encode())
     drop_rows_after(table, 2)
     assert table.read_bytes() == "epoch,train/cwd_weight,größe\n1,5,1\n2,4,1\n".encode()
-    assert read_curves(table, {}).weight == [5, 4]
+    assert read_curves(table, {}, TASKS["detect"].score).weight == [5, 4]
 
 
 @pytest.mark.usefixtures("ascii_locale")

@@ -18,6 +18,7 @@ from yolo_cwd import CWDTrainer
 from yolo_cwd.config import Settings
 from yolo_cwd.method.loss import channel_wise_divergence
 from yolo_cwd.run.state import FILE
+from yolo_cwd.tasks import TASKS
 from yolo_cwd.view import plots
 from yolo_cwd.view.plots import channel_divergences, look, most_divergent, probability_maps, probe_images
 from yolo_cwd.view.report import outcome, read_curves
@@ -163,15 +164,24 @@ def test_curves_take_the_weights_out(tmp_path: Path) -> None:
         "epoch,train/box_loss,train/cls_loss,train/P3_loss,train/P4_loss,train/cwd_loss,train/cwd_weight,"
         "metrics/mAP50-95(B)\n1,3,2,8,1,9,10,0.1\n2,2,2,2,0.5,2.5,5,0.3\n3,1,2,0,0,0,0,0.2\n"
     )
-    curves = read_curves(table, {"P3": 1.0, "P4": 0.5})
-    assert curves.detection == [5, 4, 3]
+    curves = read_curves(table, {"P3": 1.0, "P4": 0.5}, TASKS["detect"].score)
+    assert curves.task == [5, 4, 3]
     assert curves.divergence["P3"][:2] == pytest.approx([0.8, 0.4])
     assert curves.divergence["P4"][:2] == pytest.approx([0.2, 0.2])
     assert math.isnan(curves.divergence["P3"][2])
-    assert outcome(curves) == (
+    assert outcome(curves, TASKS["detect"].score) == (
         "best mAP50-95 0.300 in epoch 2; divergence from the teacher, epoch 1 to 2: "
         "P3 0.8 to 0.4 (-50 %), P4 0.2 to 0.2 (+0 %)"
     )
+
+
+def test_the_best_error_is_the_least(tmp_path: Path) -> None:
+    table = tmp_path / "results.csv"
+    columns = "epoch,train/dlog_loss,train/P3_loss,train/cwd_loss,train/cwd_weight,metrics/abs_rel"
+    table.write_text(f"{columns}\n1,1,1,1,1,0.5\n2,1,1,1,1,0\n3,1,1,1,1,0.25\n")  # epoch 2 was not validated
+    score = TASKS["depth"].score
+    said = outcome(read_curves(table, {"P3": 1.0}, score), score)
+    assert said.startswith("best relative error 0.250 in epoch 3")
 
 
 @pytest.mark.parametrize(

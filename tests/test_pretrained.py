@@ -110,7 +110,7 @@ def test_the_weight_is_that_of_gradients_taken_apart(
         criterion.weight = 1.0
         criterion.meter.means.zero_()
         measure(criterion, trainer.model, trainer.teacher, batch)
-        batch["teacher_maps"] = trainer.teacher(batch["img"])
+        batch["lesson"] = trainer.teacher.lesson(batch["img"])
         preds = trainer.model.train()(batch["img"])
         maps = preds["scores"] if trainer.classes else preds["feats"][2]
         losses = [loss(preds, batch)[0].sum() for loss in (criterion.criterion, criterion)]
@@ -209,9 +209,9 @@ def test_class_maps_are_the_teachers_logits_of_the_classes_that_both_know(family
         expected = preds.get("one2many", preds)["scores"]  # [N, 6, positions]
     taught = Teacher(model)
     assert taught.show_classes([str(i) for i in range(10)]) == [0, 1, 3, 7, 9]
-    maps = taught(images)
-    assert len(maps) == 6
-    found = torch.cat([m.flatten(2) for m in maps[3:]], -1)
+    maps = taught.lesson(images).classes
+    assert len(maps) == 3
+    found = torch.cat([m.flatten(2) for m in maps], -1)
     assert torch.allclose(found, expected[:, [2, 5, 3, 0, 4]], atol=1e-4)
 
 

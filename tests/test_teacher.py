@@ -1,6 +1,7 @@
 """The frozen teacher: without its head, faithful in every precision, and refused where it cannot be used."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -191,8 +192,7 @@ def test_a_fused_teacher_still_has_its_levels() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        pytest.param("segment.pt", "not a YOLO detection model (its head is Segment)", id="segmentation"),
-        pytest.param("classify.pt", "not a YOLO detection model (its head is Classify)", id="classification"),
+        pytest.param("classify.pt", "it has no pyramid", id="classification"),
         pytest.param("absent.pt", "absent.pt", id="no such file"),
         pytest.param("absent.yaml", "absent.yaml", id="no such model file"),
         pytest.param("small.onnx", "suffix .onnx", id="other format"),
@@ -200,7 +200,6 @@ def test_a_fused_teacher_still_has_its_levels() -> None:
         pytest.param("empty.pt", "empty", id="empty"),
         pytest.param("picture.pt", "existing .pt checkpoint", id="no checkpoint at all"),
         pytest.param("numbers.pt", "references types outside", id="a pickle without a model"),
-        pytest.param("rtdetr-l.yaml", "its head is RTDETRDecoder", id="a detector without a YOLO head"),
     ],
 )
 def test_teachers_that_are_refused(checkpoints: Path, tmp_path: Path, source: str, message: str) -> None:
@@ -210,12 +209,80 @@ def test_teachers_that_are_refused(checkpoints: Path, tmp_path: Path, source: st
     (tmp_path / "picture.pt").write_bytes(b"\x89PNG\r\n" + bytes(100))
     torch.save({"model": torch.zeros(3)}, tmp_path / "numbers.pt")
     folder = checkpoints if (checkpoints / source).exists() else tmp_path
-    path = source if source.startswith("rtdetr") else str(folder / source)
+    path = str(folder / source)
     with pytest.raises(ConfigError) as error:
         load_teacher(path)
     assert str(error.value).startswith(f"teacher={path}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "strides"),
+    [
+        ("yolov8n-seg.yaml", {8, 16, 32}),
+        ("yolo11n-pose.yaml", {8, 16, 32}),
+        ("yolov8n-obb.yaml", {8, 16, 32}),
+        ("yolo26n-sem.yaml", {8, 16}),
+        ("yolo26n-depth.yaml", {8, 16, 32}),
+        ("yolov8n-rtdetr.yaml", {8, 16, 32}),
+        ("yolov8s-worldv2.yaml", {8, 16, 32}),
+        ("yoloe-11s-seg.yaml", {8, 16, 32}),
+    ],
+)
+def test_every_network_with_a_pyramid_teaches(name: str, strides: set[int]) -> None:
+    teacher = load_teacher(name)
+    assert teacher.taps.keys() == strides
+    sizes = {stride: tuple(m.shape[-2:]) for stride, m in zip(teacher.taps, teacher(IMAGES), strict=True)}
+    height, width = IMAGES.shape[-2:]
+    assert sizes == {stride: (height // stride, width // stride) for stride in strides}
+
+
+class Backbone(nn.Module):
+    """A network of somebody's own: images in, maps of strides 16 and 8 out."""
+
+    def __init__(self, size: int = 16) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 6, size, stride=size)
+        self.finer = nn.Upsample(scale_factor=2)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        maps = self.patches(images)
+        return [maps, self.finer(maps)]
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, torch.compile], ids=["module", "parallel", "compiled"])
+def test_a_module_of_ones_own_teaches(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = Backbone()
+    teacher = load_teacher(wrap(model))
+    assert teacher.taps == {16: (0, 6), 8: (1, 6)}
+    assert teacher.argument == "teacher=Backbone"
+    assert teacher.names == {}
+    torch.testing.assert_close(teacher(IMAGES), model(IMAGES))
+    assert all(p.requires_grad for p in model.parameters()), "the user's own stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Conv2d(3, 4, 8, stride=8), "teacher=Conv2d: it has no pyramid"),
+        (Backbone(14), "teacher=Backbone: makes a map of 18x18 of an image of 256x256, which is no whole stride"),
+        (nn.Linear(3, 3), "teacher=Linear: mat1 and mat2"),
+    ],
+    ids=["one map", "stride of 14", "no images"],
+)
+def test_modules_without_a_usable_pyramid_are_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_teacher(model)
+    assert str(error.value).startswith(message)
+    assert len(str(error.value)) < 300
+
+
+def test_two_maps_of_one_stride_are_refused() -> None:
+    model = Backbone()
+    model.finer = nn.Identity()
+    with pytest.raises(ConfigError, match="teacher=Backbone: has two maps of stride 16; give a model with one map a"):
+        load_teacher(model)
 
 
 class CustomDetector(DetectionModel):

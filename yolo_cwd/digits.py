@@ -56,7 +56,7 @@ def build(root: Path | None = None, images: dict[str, int] | None = None, seed: 
     return folder / "digits.yaml"
 
 
-def resolve(data: Any) -> Any:
+def resolve(data: Any, task: str = "detect") -> Any:
     """Return the argument `data` as it is, but for `digits` the path of the data set, built where needed."""
     return str(build()) if data == NAME else data
 

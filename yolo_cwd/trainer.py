@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The trainer that users name: the method (method/trainer.py) with its sentences and pictures (view/) attached."""
+"""The trainer that users name: the method (method/trainer.py) for the student's task, with its sentences and pictures.
+
+Ultralytics has a trainer for each task, all derived from that of detection. Ours joins the one that the student needs.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,32 @@ from typing import Any
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolo_cwd.method.trainer import DistillingTrainer
+from yolo_cwd.run.request import task_of
+from yolo_cwd.tasks import TASKS, task_of_trainer
 from yolo_cwd.view.attach import attach
 
 
 class CWDTrainer(DistillingTrainer):
-    """Train a detector with channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256).
+    """Train a model with channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256).
 
-    Takes every argument of Ultralytics' `DetectionTrainer`, and the options of `cfg/default.yaml` beside them.
+    Takes every argument of Ultralytics' trainer of the student's task (detect, segment, pose, obb, semantic or depth),
+    and the options of `cfg/default.yaml` beside them. An instance is also one of that trainer.
 
     Examples:
         >>> YOLO("yolov8n.pt").train(trainer=CWDTrainer, teacher="yolov8l.pt", data="coco8.yaml", epochs=10)
+        >>> YOLO("yolov8n-seg.pt").train(trainer=CWDTrainer, teacher="yolov8l-seg.pt", data="coco8-seg.yaml")
         >>> CWDTrainer(overrides={"model": "yolov8n.pt", "teacher": "yolov8l.pt", "data": "coco8.yaml"}).train()
     """
+
+    def __new__(
+        cls,
+        cfg: Any = DEFAULT_CFG_DICT,
+        overrides: dict[str, Any] | None = None,
+        _callbacks: dict[str, Any] | None = None,
+    ) -> CWDTrainer:
+        """Make a trainer for the task of the student."""
+        trainer: CWDTrainer = super().__new__(_for_task(cls, task_of(cfg, overrides or {}).name))
+        return trainer
 
     def __init__(
         self,
@@ -30,3 +47,14 @@ class CWDTrainer(DistillingTrainer):
         """Set the training up; see `DistillingTrainer` for the arguments and errors."""
         super().__init__(cfg, overrides, _callbacks)
         attach(self)
+
+
+def _for_task(trainer: type[CWDTrainer], name: str) -> type[CWDTrainer]:
+    """Return a trainer joined with Ultralytics' for a task.
+
+    It keeps its name: where Ultralytics starts several processes, each imports the trainer by it, and arrives here.
+    """
+    if task_of_trainer(trainer).name == name:
+        return trainer
+    place = {"__module__": trainer.__module__, "__qualname__": trainer.__qualname__, "__doc__": trainer.__doc__}
+    return type(trainer.__name__, (trainer, TASKS[name].trainer), place)

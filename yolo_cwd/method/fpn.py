@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Where features are taken: the pyramid levels of a detector, and the adapters from student to teacher.
+"""Where features are taken: the pyramid that a head receives, its class maps, and the adapters to the teacher.
 
-The inputs of a YOLO detection head are the outputs of its neck, the feature pyramid (FPN), one map for each stride.
+The inputs of a YOLO head, of any task, are the outputs of its neck, the feature pyramid (FPN), one map for each stride.
+A dry pass with a hook on the head finds them; so it does for every network that ends in a head of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from ultralytics.nn.modules.head import Detect, v10Detect
+from ultralytics.nn.modules.head import Detect, SemanticSegment, WorldDetect, YOLOEDetect
+from ultralytics.nn.tasks import BaseModel
 
-from yolo_cwd.config import ConfigError, level_name
+from yolo_cwd.config import ConfigError, first_line, level_name
+
+PROBE = 256  # pixels of the image of the dry pass: every stride up to 256 shows in it
 
 
 class Tap(NamedTuple):
-    """One input of a detection head."""
+    """One map of a pyramid."""
 
     position: int
     channels: int
@@ -33,27 +40,86 @@ class Level(NamedTuple):
     teacher_channels: int
 
 
-def pyramid_taps(model: nn.Module, argument: str) -> dict[int, Tap]:
-    """Return the inputs of a detector's head by stride.
+class _HeadReachedError(Exception):
+    """What a head was about to see."""
+
+
+def head_inputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Return the maps [N, C, H, W] that the head of a YOLO model receives, without running the head.
 
     Args:
-        model: A YOLO model.
+        model: A model of Ultralytics.
+        images: Images [N, C, H, W] in 0 to 1.
+    """
+    head: Any = model.model[-1]  # type: ignore[index]
+
+    def stop(_: nn.Module, received: tuple[Any, ...]) -> None:
+        raise _HeadReachedError(received[0])
+
+    handle = head.register_forward_pre_hook(stop)
+    try:
+        model(images)
+    except _HeadReachedError as found:
+        return _maps([m for m in found.args[0] if m.ndim == 4])  # YOLOE adds the embeddings of its prompts
+    finally:
+        handle.remove()
+    raise RuntimeError("its head was never reached")
+
+
+def _maps(found: Any) -> list[Tensor]:
+    maps = list(found.values()) if isinstance(found, dict) else found
+    if not isinstance(maps, list | tuple) or not all(isinstance(m, Tensor) and m.ndim == 4 for m in maps) or not maps:
+        raise ValueError("it has no pyramid, a list of maps [N, C, H, W]")
+    return list(maps)
+
+
+def image_channels(model: nn.Module) -> int:
+    """Return how many channels the images have that a network takes."""
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+
+
+@torch.no_grad()
+def pyramid_taps(model: nn.Module, argument: str) -> dict[int, Tap]:
+    """Return the maps of a network's pyramid by stride, found by one pass over an empty image.
+
+    Args:
+        model: A model of Ultralytics, or any module that takes images [N, C, H, W] and returns a list of maps.
         argument: What the user named it by (`teacher=yolov8l.pt`), for the message.
 
     Raises:
-        ConfigError: If the model is no detector with a pyramid of features.
+        ConfigError: If it has no pyramid, or one that is of no use.
     """
-    layers = getattr(model, "model", None)
-    head: Any = layers[-1] if isinstance(layers, nn.Sequential) else None
-    if type(head) not in {Detect, v10Detect}:
-        kind = type(head if head is not None else model).__name__
-        raise ConfigError(f"{argument}: not a YOLO detection model (its head is {kind}); give one such as yolov8l.pt")
-    branches = head.cv2 if head.cv2 is not None else head.one2one_cv2  # a fused end-to-end head keeps one of them
-    return {int(s): Tap(i, _input_channels(b)) for i, (s, b) in enumerate(zip(head.stride, branches, strict=True))}
+    some = next(model.parameters(), torch.zeros(()))
+    image = torch.zeros(1, image_channels(model), PROBE, PROBE, device=some.device, dtype=some.dtype)
+    try:
+        with _evaluating(model):
+            maps = head_inputs(model, image) if isinstance(model, BaseModel) else _maps(model(image))
+    except Exception as error:
+        remedy = "give a YOLO model of a task other than classify, or a module that returns a list of maps"
+        raise ConfigError(f"{argument}: {first_line(error)}; {remedy}") from error
+    taps: dict[int, Tap] = {}
+    for position, (channels, *size) in enumerate(m.shape[1:] for m in maps):
+        stride, rest = divmod(PROBE, size[0])
+        if rest or size[0] != size[1]:
+            raise ConfigError(
+                f"{argument}: makes a map of {size[0]}x{size[1]} of an image of {PROBE}x{PROBE}, which is no whole "
+                "stride; let it resize its maps to one, such as 32x32"
+            )
+        if stride in taps:
+            raise ConfigError(f"{argument}: has two maps of stride {stride}; give a model with one map a stride")
+        taps[stride] = Tap(position, channels)
+    return taps
 
 
-def _input_channels(branch: nn.Module) -> int:
-    return next(m.in_channels for m in branch.modules() if isinstance(m, nn.Conv2d))
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def match_levels(student: dict[int, Tap], teacher: dict[int, Tap], wanted: tuple[int, ...] | None) -> list[Level]:
@@ -86,19 +152,71 @@ def _names(strides: Any) -> str:
     return ", ".join(level_name(s) for s in sorted(strides)) or "none"
 
 
-def student_features(preds: dict[str, Any]) -> list[Tensor]:
+def student_features(preds: Any) -> list[Tensor] | None:
     """Return the pyramid [N, C, H, W] that the student's head received, from what it returned in training mode.
 
-    Both branches of an end-to-end head see the same maps; those of `one2many` still carry the graph.
+    Both branches of an end-to-end head see the same maps; those of `one2many` still carry the graph. None for
+    predictions of the evaluation mode.
     """
+    if not isinstance(preds, dict):
+        return None
     features: list[Tensor] = preds.get("one2many", preds)["feats"]
     return features
 
 
-def student_scores(preds: dict[str, Any]) -> Tensor:
-    """Return the logits [N, classes, positions of all levels] that the student's head returned in training mode."""
-    scores: Tensor = preds.get("one2many", preds)["scores"]
-    return scores
+class HeadTap:
+    """Keeps what a head receives in training mode, for heads that do not return it: a forward pre-hook on the head."""
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self._maps: list[Tensor] | None = None
+
+    def __call__(self, head: nn.Module, received: tuple[Any, ...]) -> None:
+        """Keep the maps of a forward pass."""
+        if head.training:
+            self._maps = list(received[0])
+
+    def take(self, preds: Any) -> list[Tensor] | None:
+        """Return the maps [N, C, H, W] of the last forward pass, once; None after one in evaluation mode."""
+        maps, self._maps = self._maps, None
+        return maps
+
+    def __reduce__(self) -> Any:
+        """Be pickled with a model as a hook that changes nothing, and that loads without us."""
+        return partial, (dict.get, {})
+
+
+def class_branches(head: nn.Module) -> list[nn.Module]:
+    """Return the branches of a head that make its class maps, for its first inputs; none where they are no logits."""
+    if isinstance(head, SemanticSegment):
+        return [head.classifier]
+    if not isinstance(head, Detect) or isinstance(head, WorldDetect | YOLOEDetect):
+        return []
+    branches: Any = getattr(head, "cv3", None) or getattr(head, "one2one_cv3", None)
+    return list(branches or [])
+
+
+def class_maps_agree(student: nn.Module, teacher: nn.Module) -> bool:
+    """Return whether the class maps of two heads mean the same: both of what lies at a pixel, or both of whole objects.
+
+    Args:
+        student: The student's head.
+        teacher: The teacher's.
+    """
+    both = [isinstance(head, SemanticSegment) for head in (student, teacher) if class_branches(head)]
+    return len(both) == 2 and both[0] == both[1]
+
+
+def student_scores(preds: Any) -> Tensor:
+    """Return the logits [N, classes, positions] that the student's head returned in training mode.
+
+    The positions are those of all levels, one level after the other, or of a semantic head those of the finest alone.
+    """
+    if isinstance(preds, dict):
+        scores: Tensor = preds.get("one2many", preds)["scores"]
+        return scores
+    logits: Tensor = preds[0] if isinstance(preds, tuple) else preds
+    return logits.flatten(2)
 
 
 def build_adapters(levels: list[Level], kind: str) -> nn.ModuleList:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The loss: channel-wise divergence between two feature maps, and the criterion that adds it to the detection loss."""
+"""The loss: channel-wise divergence between two feature maps, and the criterion that adds it to the task's own loss."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from yolo_cwd.method.balance import GradientMeter
 from yolo_cwd.method.fpn import Level, student_features, student_scores
 from yolo_cwd.method.parallel import in_parts
+from yolo_cwd.method.teacher import Lesson
 
 ValueAndGradient = tuple[Tensor, Sequence[Tensor]]
 MOST = 1e4  # ratio of gradients: where the maps agree to the last digits, more would teach rounding errors
@@ -123,7 +124,7 @@ def standardize(maps: Tensor) -> Tensor:
 
 
 class CWDLoss:
-    """The student's criterion: its detection criterion plus one weighted divergence for each distilled level.
+    """The student's criterion: that of its task plus one weighted divergence for each distilled level.
 
     It stands in for the wrapped criterion, whose other attributes it passes on. It is no module, so that neither
     teacher nor adapters become a part of the student.
@@ -132,7 +133,8 @@ class CWDLoss:
     the gradients at its map (balance.py): its weight is then the share of the task's gradient that it has there.
 
     Attributes:
-        criterion: The wrapped detection criterion.
+        criterion: The wrapped criterion of the task.
+        features: Finds the pyramid that the student's head received, by what it returned; None without training.
         weight: Overall weight of the divergences; the trainer sets it for every epoch.
         meter: What is measured of the gradients.
         balanced: Which of the terms are balanced [K].
@@ -154,11 +156,13 @@ class CWDLoss:
         classes: Sequence[int] = (),
         class_weight: float = 0.0,
         device: torch.device | None = None,
+        features: Callable[[Any], list[Tensor] | None] = student_features,
     ) -> None:
-        """Wrap a detection criterion.
+        """Wrap the criterion of a task.
 
         Args:
-            criterion: Callable that takes (predictions, batch) and returns the loss vector and its items by name.
+            criterion: Callable that takes (predictions, batch) and returns the loss, multiplied by the batch size, and
+                its items by name.
             adapters: One module for each level, from student to teacher channels; they see a few images at a time.
             levels: The distilled levels, finest first.
             level_weights: One weight for each level; 1 for all by default.
@@ -170,8 +174,10 @@ class CWDLoss:
                 has them.
             class_weight: Their weight beside a level's, always a share; 0 leaves them out.
             device: Where the student is.
+            features: Finds the student's pyramid by its predictions.
         """
         self.criterion = criterion
+        self.features = features
         self.adapters = adapters
         self.levels = list(levels)
         self.tau = tau
@@ -221,55 +227,58 @@ class CWDLoss:
     def __call__(self, preds: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss vector, scaled by the batch size as Ultralytics' own terms are, and its detached items.
 
-        The items are those of the detection loss and `cwd_loss`, the weighted sum over the terms.
+        The items are those of the task's loss and `cwd_loss`, the weighted sum over the terms.
 
         Args:
-            preds: What the student's head returned. Predictions of the evaluation mode get the detection loss alone.
-            batch: Ultralytics' batch; `img` holds images [N, 3, H, W] in 0 to 1, and `teacher_maps` what the teacher
-                makes of them, which is taken out to free it after use. Without it the divergences are 0.
+            preds: What the student's head returned. Predictions of the evaluation mode get the task's loss alone.
+            batch: Ultralytics' batch; `img` holds images [N, 3, H, W] in 0 to 1, and `lesson` what the teacher makes of
+                them, which is taken out to free it after use. Without it the divergences are 0.
         """
         loss, items = self.criterion(preds, batch)
-        if not isinstance(preds, dict):
+        features = self.features(preds)
+        if features is None:
             return loss, items
-        lesson: Any = batch.pop("teacher_maps", None)
+        lesson: Any = batch.pop("lesson", None)
         if lesson is None:
             divergences = terms = torch.zeros(len(self.meter.names), device=loss.device)
         else:
-            divergences = torch.stack(self.compare(*self._watched(preds), lesson))
+            scores = student_scores(preds) if self.classes else None
+            divergences = torch.stack(self.compare(*self._watched(features, scores), lesson))
             self.taught += 1
             finite = divergences.isfinite()
             self.dropped = self.dropped + (~finite).sum().detach()  # on the device: reading it would wait for the step
             divergences = torch.where(finite, divergences, 0)
             terms = divergences * self.weights.to(divergences.device)
-            loss = torch.cat([loss, terms * len(batch["img"])])
+            loss = torch.cat([loss.reshape(-1), terms * len(batch["img"])])
         self._sums = self._sums.to(terms.device) + torch.stack([terms, divergences]).detach()
         self._calls += 1
         return loss, {**items, "cwd_loss": terms.detach().sum()}
 
-    def _watched(self, preds: dict[str, Any]) -> tuple[list[Tensor], Tensor | None]:
-        features = list(student_features(preds))
+    def _watched(self, features: Sequence[Tensor], scores: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        features = list(features)
         self.reaches = self.reaches or any(features[level.student_index].requires_grad for level in self.levels)
         for i, level in enumerate(self.levels):
             features[level.student_index] = self.meter.watch(i, features[level.student_index])
-        return features, self.meter.watch(len(self.levels), student_scores(preds)) if self.classes else None
+        return features, None if scores is None else self.meter.watch(len(self.levels), scores)
 
-    def compare(self, features: Sequence[Tensor], scores: Tensor | None, lesson: Sequence[Tensor]) -> list[Tensor]:
+    def compare(self, features: Sequence[Tensor], scores: Tensor | None, lesson: Lesson) -> list[Tensor]:
         """Return the unweighted divergence of every distilled level, and last that of the class maps if they count.
 
         Args:
             features: The student's pyramid, one map [N, C, H, W] for each input of its head.
-            scores: The logits of its classes [N, classes, positions of all levels].
-            lesson: The teacher's pyramid, and after it the logits [N, classes, H, W] of its classes level by level.
+            scores: The logits of its classes [N, classes, positions], of all levels or of the finest alone.
+            lesson: What the teacher shows of the same images.
         """
-        found = self.divergences(features, lesson)
+        found = self.divergences(features, lesson.pyramid)
         if not self.classes or scores is None:
             return found
-        sizes = [maps.shape[-2] * maps.shape[-1] for maps in features]
-        taught = lesson[len(lesson) // 2 :]
+        sizes = [maps.shape[-2:].numel() for maps in features]
+        sizes = sizes[:1] if scores.shape[-1] == sizes[0] else sizes
 
         def divergence(leaf: Tensor) -> Tensor:
-            ours = torch.split(leaf, sizes, dim=-1)  # [N, classes, HW] a level
-            pairs = [(ours[x.student_index][:, self.classes], taught[x.teacher_index].flatten(2)) for x in self.levels]
+            ours, theirs = torch.split(leaf, sizes, dim=-1), lesson.classes  # [N, classes, HW] a level
+            shown = [x for x in self.levels if x.student_index < len(ours) and x.teacher_index < len(theirs)]
+            pairs = [(ours[x.student_index][:, self.classes], theirs[x.teacher_index].flatten(2)) for x in shown]
             return torch.stack([channel_wise_divergence(s, t, self.tau) for s, t in pairs]).sum()
 
         return [*found, _Known.apply([value_and_gradient(divergence, scores, [])], scores)]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ultralytics.utils import LOCAL_RANK, RANK
 from ultralytics.utils.torch_utils import autocast, unwrap_model
 
-from yolo_cwd.method.fpn import student_features, student_scores
+from yolo_cwd.method.fpn import student_scores
 from yolo_cwd.method.loss import CWDLoss
 from yolo_cwd.method.teacher import Teacher
 from yolo_cwd.run import distributed
@@ -125,7 +125,7 @@ def fit(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batches: Itera
     regressions = [Regression() for _ in criterion.levels]
     with statistics_untouched(student):
         for batch in batches:
-            features, pyramid = student_features(student(batch["img"])), teacher(batch["img"])
+            features, pyramid = _pyramid(criterion, student(batch["img"])), teacher(batch["img"])
             for regression, level in zip(regressions, criterion.levels, strict=True):
                 regression.add(features[level.student_index], pyramid[level.teacher_index])
     explained = []
@@ -147,19 +147,25 @@ def measure(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batch: dic
         teacher: The teacher.
         batch: A batch on the device, with images [N, 3, H, W] in 0 to 1 and their labels.
     """
-    images, lesson = batch["img"], teacher(batch["img"])
+    images, lesson = batch["img"], teacher.lesson(batch["img"])
     with torch.enable_grad(), statistics_untouched(student):
         preds = student(images)
         loss, _ = criterion.criterion(preds, batch)
-        features, scores = student_features(preds), student_scores(preds) if criterion.classes else None
+        features, scores = _pyramid(criterion, preds), student_scores(preds) if criterion.classes else None
         maps = [features[level.student_index] for level in criterion.levels] + ([] if scores is None else [scores])
         divergences = criterion.compare(features, scores, lesson)
         known = [(i, m) for i, m in enumerate(maps) if m.requires_grad]
-        of_task = torch.autograd.grad(loss.sum(), [m for _, m in known], retain_graph=True)
+        of_task = torch.autograd.grad(loss.sum(), [m for _, m in known], retain_graph=True, materialize_grads=True)
         of_ours = [torch.autograd.grad(divergences[i] * len(images), m)[0] for i, m in known]
     for (i, _), task, ours in zip(known, of_task, of_ours, strict=True):
         criterion.meter.note(i, task, ours)
     criterion.meter.sample(lambda: criterion.weights)
+
+
+def _pyramid(criterion: CWDLoss, preds: Any) -> list[Tensor]:
+    features = criterion.features(preds)
+    assert features is not None  # the student is in training mode
+    return features
 
 
 @contextmanager

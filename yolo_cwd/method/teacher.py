@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The frozen teacher: a detector without its head, in the cheapest form that keeps its features faithful."""
+"""The frozen teacher: a network without its head, in the cheapest form that keeps its features faithful."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from zipfile import is_zipfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from ultralytics import RTDETR, YOLO
 from ultralytics.nn import tasks
 from ultralytics.nn.modules import Conv
-from ultralytics.nn.tasks import DetectionModel, load_checkpoint
+from ultralytics.nn.tasks import BaseModel, load_checkpoint, yaml_model_load
 from ultralytics.utils.checks import check_model_file_from_stem
-from ultralytics.utils.torch_utils import fuse_conv_and_bn
+from ultralytics.utils.torch_utils import fuse_conv_and_bn, unwrap_model
 
 from yolo_cwd.config import ConfigError, first_line
-from yolo_cwd.method.fpn import pyramid_taps
+from yolo_cwd.method.fpn import class_branches, image_channels, pyramid_taps
 from yolo_cwd.method.parallel import cores, in_parts
 
+GRID = 32  # what the sizes of images are multiples of, whichever levels a head receives
 LETTERBOX_GRAY = 114 / 255  # the value Ultralytics pads its images with
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_ERROR = 0.02  # the largest relative error of a feature map that counts as faithful
@@ -50,45 +52,66 @@ class Precision(NamedTuple):
         return self.name if self.name == "fp32" else f"{self.name}, feature error {100 * self.error:.2g} %"
 
 
+class Lesson(NamedTuple):
+    """What a teacher shows of some images.
+
+    Attributes:
+        pyramid: Its maps [N, C, H/stride, W/stride], in the order of its taps.
+        classes: The logits of the chosen classes [N, classes, H/stride, W/stride] at the first of them; empty if none
+            have been chosen.
+    """
+
+    pyramid: list[Tensor]
+    classes: list[Tensor]
+
+
 class Teacher(nn.Module):
-    """A frozen detector without its head: images in, feature pyramid out.
+    """A frozen network without its head: images in, feature pyramid out.
 
     Its convolutions have taken in their batch normalization, it calculates in channels-last order, and on a CPU it uses
     the idle cores: all leave the features as they are and save time.
 
     Attributes:
-        taps: Inputs of the removed head by stride.
+        taps: The maps of its pyramid by stride.
         image_channels: Channels of the images it takes.
         names: Its classes by index.
+        head: The head that was cut off; None for a network that is none of Ultralytics', and once it has settled.
         parameter_count: Parameters of the whole model, head included.
         precision: What it calculates with.
     """
 
     def __init__(self, model: nn.Module, argument: str = "teacher") -> None:
-        """Take a detector over, freeze it and cut its head off.
+        """Take a model over, freeze it and cut its head off.
 
         Args:
-            model: The detector; give a copy of one that is still needed.
+            model: A YOLO of any task but classify, an RT-DETR, a YOLO-World, a YOLOE, or any module that takes images
+                [N, C, H, W] in 0 to 1 and returns a list of maps. Give a copy of one that is still needed.
             argument: What the user named it by, for messages.
 
         Raises:
-            ConfigError: If the model is no detector.
+            ConfigError: If the model has no pyramid.
         """
         super().__init__()
         self.argument = argument
-        self.taps = pyramid_taps(model, argument)
-        self.parameter_count = sum(p.numel() for p in model.parameters())
-        self.image_channels = next(model.parameters()).shape[1]
-        self.names: dict[int, str] = dict(getattr(model, "names", {}))
-        self.precision = Precision("fp32")
-        body: Any = model.float().eval()
+        body: Any = model.float().eval().requires_grad_(False)
         body.__dict__.pop("criterion", None)
-        head = body.model[-1]
-        body.model[-1] = _HeadInputs(head)
-        branches = getattr(head, "cv3", None) or getattr(head, "one2one_cv3", None)
-        self._unused = (branches,)  # in a tuple it is no part of this module
-        self.body = body.fuse(verbose=False).requires_grad_(False)
-        self._grid = max(self.taps)
+        self.taps = pyramid_taps(body, argument)
+        self.parameter_count = sum(p.numel() for p in body.parameters())
+        self.image_channels = image_channels(body)
+        self.names: dict[int, str] = dict(getattr(body, "names", {}))
+        self.precision = Precision("fp32")
+        self._head: tuple[nn.Module | None] = (None,)  # in a tuple it is no part of this module
+        if isinstance(body, BaseModel):
+            self._head = (body.model[-1],)
+            body.model[-1] = _HeadInputs(body.model[-1])
+            body = body.fuse(verbose=False).requires_grad_(False)
+        self.body = body
+        self._grid = max(*self.taps, GRID)
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The head that was cut off."""
+        return self._head[0]
 
     @property
     def label(self) -> str:
@@ -110,27 +133,28 @@ class Teacher(nn.Module):
         """
         ours = {name: i for i, name in self.names.items()}
         known = [i for i, name in enumerate(names) if name in ours]
-        (branches,) = self._unused
-        if known and branches is not None:
-            _fuse(branches)
-            self.body.model[-1].show(branches.requires_grad_(False), [ours[names[i]] for i in known])
-            return known
-        return []
+        branches = class_branches(self.head) if self.head is not None else []
+        if not known or not branches:
+            return []
+        shown = nn.ModuleList(branches).requires_grad_(False)
+        _fuse(shown)
+        self.body.model[-1].show(shown, [ours[names[i]] for i in known])
+        return known
 
     def settle(self, device: torch.device) -> None:
         """Move to the device of the training, the weights in the order that is fastest there.
 
         Images are channels-last everywhere, but convolutions on a CPU bring the weights into an order of their own.
         """
-        self._unused = (None,)
+        self._head = (None,)
         self.to(device)
         if device.type == "cuda":
             self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the maps [N, C, H/stride, W/stride] of images [N, C, H, W], finest level first, in its precision.
+        """Return the maps [N, C, H/stride, W/stride] of images [N, C, H, W], in its precision.
 
-        Those of the pyramid, and after them, if classes have been chosen, the logits of these in the same order.
+        Those of the pyramid, and after them, if classes have been chosen, the logits of these.
 
         Images whose size is no multiple of the coarsest stride are padded as Ultralytics pads them, and the maps cut
         back: a student without a P6 may train at sizes that a teacher with one does not take.
@@ -145,12 +169,17 @@ class Teacher(nn.Module):
             maps = [m[..., : height // s, : width // s] for m, s in zip(maps, cycle(self.taps))]
         return maps
 
+    def lesson(self, images: Tensor) -> Lesson:
+        """Return what it shows of images [N, C, H, W] in 0 to 1, its pyramid and its class maps apart."""
+        maps = self(images)
+        return Lesson(maps[: len(self.taps)], maps[len(self.taps) :])
+
     @torch.no_grad()
     def _maps(self, images: Tensor) -> list[Tensor]:
         images = images.to(DTYPES[self.precision.name], memory_format=torch.channels_last)
         with torch.autocast(images.device.type, enabled=False):  # the student's AMP is not the teacher's
-            maps: list[Tensor] = self.body(images)
-        return maps
+            maps = self.body(images)
+        return list(maps.values()) if isinstance(maps, dict) else list(maps)
 
     def calibrate(self, wanted: str, images: Tensor) -> None:
         """Choose the precision to calculate with, by the error that it makes on the device the teacher is on.
@@ -235,7 +264,7 @@ def wait_for(device: torch.device) -> None:
 
 
 class _HeadInputs(nn.Module):
-    """Stands in the place of a detection head and returns what the head would have received, and its class maps."""
+    """Stands in the place of a head and returns what the head would have received, and its class maps."""
 
     def __init__(self, head: Any) -> None:
         super().__init__()
@@ -246,7 +275,7 @@ class _HeadInputs(nn.Module):
     def show(self, branches: nn.ModuleList, classes: list[int]) -> None:
         self.branches, self.classes = branches, classes
 
-    def forward(self, maps: Iterable[Tensor]) -> list[Tensor]:
+    def forward(self, maps: Iterable[Tensor], *_: Any) -> list[Tensor]:  # RT-DETR's also receives the batch
         maps = list(maps)
         shown = [branch(m)[:, self.classes] for branch, m in zip(self.branches, maps, strict=False)]
         return [*maps, *shown]
@@ -266,18 +295,20 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
 
     Args:
         source: Path or known name of a .pt checkpoint (downloaded by Ultralytics where it knows it), path of a .yaml
-            model (untrained: for tests), a `YOLO`, or a `DetectionModel`.
+            model (untrained: for tests), a `YOLO` or a relative of it, or a module.
         trust: Whether the checkpoint may hold other classes than those of Ultralytics and torch. A .pt file is a
             pickle: loading one in trust may run any code that its author has put in.
 
     Raises:
-        ConfigError: If there is no such file, if it cannot be read, or if it holds no detector.
+        ConfigError: If there is no such file, if it cannot be read, or if it holds no model with a pyramid.
     """
     if isinstance(source, str | Path):
         argument = f"teacher={source}"
         return Teacher(_load(str(source), argument, trust), argument)
-    argument = f"teacher={type(source).__name__}"
-    model = source if isinstance(source, DetectionModel) else getattr(source, "model", None)
+    module = unwrap_model(source) if isinstance(source, nn.Module) else source
+    argument = f"teacher={type(module).__name__}"
+    inner = getattr(module, "model", None)
+    model = inner if isinstance(inner, BaseModel) else module  # of a YOLO
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{argument}: not a model; give a name, a .pt or .yaml path, or a YOLO model")
     return Teacher(deepcopy(model), argument)
@@ -300,15 +331,23 @@ def _load(path: str, argument: str, trust: bool) -> nn.Module:
         if suffix in {".yaml", ".yml"}:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                model: nn.Module = DetectionModel(path, verbose=False)
-                return model
+                return _untrained(path)
         if suffix == ".pt":
             with _restricted_loading(not trust):
                 model, _ = load_checkpoint(check_model_file_from_stem(path))
-            return model
+            loaded: nn.Module = model
+            return loaded
     except Exception as error:
-        remedy = "give an existing .pt checkpoint of a detector"
+        remedy = "give an existing .pt checkpoint of a YOLO model"
         if isinstance(error, TypeError) and not trust and is_zipfile(path):  # whole, yet refused
             remedy += ", or if you trust the origin of this one, trust_teacher=True"
         raise ConfigError(f"{argument}: {first_line(error)}; {remedy}") from error
     raise ConfigError(f"{argument}: the suffix {suffix} is none of .pt, .yaml; give a checkpoint or a model file")
+
+
+def _untrained(path: str) -> nn.Module:
+    """Return the model of a YAML file as it is built, of random weights."""
+    head = yaml_model_load(path)["head"][-1][2]
+    built: Any = RTDETR(path) if head == "RTDETRDecoder" else YOLO(path)
+    model: nn.Module = built.model
+    return model

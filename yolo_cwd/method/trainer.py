@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Training of a student under a teacher. Read this file first: it shows the whole method.
 
-`DistillingTrainer` is Ultralytics' `DetectionTrainer` whose student has its criterion wrapped. One training step is
+`DistillingTrainer` is Ultralytics' trainer of a task whose student has its criterion wrapped. One training step is
 
     teacher(images)  ->  pyramid, class maps           frozen, without boxes, no gradient           (teacher.py)
     student(images)  ->  predictions and pyramid       as without us                                (fpn.py)
-    loss  =  detection loss                            as without us
+    loss  =  the task's own loss                       as without us
           +  weight * divergence(adapter(student map), teacher map)  for every shared level         (loss.py)
           +  weight * divergence(student class maps, teacher class maps)
 
@@ -21,31 +21,46 @@ from typing import Any
 
 import torch
 from torch import nn
+from ultralytics.nn.modules.head import Detect
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_cwd import digits
 from yolo_cwd.config import WEIGHT_COLUMN, ConfigError, first_line, unusable_data
-from yolo_cwd.method.fpn import Level, build_adapters, match_levels, pyramid_taps
+from yolo_cwd.method.fpn import (
+    HeadTap,
+    Level,
+    build_adapters,
+    class_maps_agree,
+    match_levels,
+    pyramid_taps,
+    student_features,
+)
 from yolo_cwd.method.loss import CLASS_MAPS, CWDLoss
 from yolo_cwd.method.prepare import choose_precision, measure, prepare
+from yolo_cwd.method.student import as_it_is, is_reshaped
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.run import distributed, request
 from yolo_cwd.run.resumable import ResumableTrainer
+from yolo_cwd.tasks import task_of_trainer
 
 UNTAUGHT_BATCHES = 3  # after as many, a training that is not taught stops
 STUDENT_CLIP_NORM = 10.0  # what Ultralytics clips the student's gradient norm to
 
 
 class DistillingTrainer(ResumableTrainer):
-    """Train a detector with channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256).
+    """Train a model with channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256).
+
+    A class that is also derived from Ultralytics' trainer of a task (tasks.py) trains for that task.
 
     Attributes:
+        task: The task it trains for.
         cwd: The checked options.
         teacher: The frozen teacher.
         levels: The distilled levels, finest first; known once the student is built.
         level_weights: The weight of each of them, before the overall weight.
         adapters: One module a level, from student to teacher channels, trained with the student.
+        reshaped: Whether the student keeps the shape of its checkpoint, which its YAML no longer describes.
         criterion: The student's criterion, once the training has begun.
     """
 
@@ -59,19 +74,20 @@ class DistillingTrainer(ResumableTrainer):
 
         Args:
             cfg: Base configuration: a YAML path, a dictionary or a namespace, with our options in it or without.
-            overrides: Arguments and options that take precedence; `teacher` may be a path, a `YOLO` or a
-                `DetectionModel`, `data` may be `digits`.
+            overrides: Arguments and options that take precedence; `teacher` may be a path, a `YOLO` or a module,
+                `data` may be `digits`.
             _callbacks: Ultralytics' callbacks by event.
 
         Raises:
             ConfigError: If an option or a model cannot be used.
         """
-        asked = request.read(cfg, overrides or {})
+        self.task = task_of_trainer(type(self))
+        asked = request.read(cfg, {**(overrides or {}), "task": self.task.name})
         arguments = {**asked.arguments, "device": distributed.join(asked.args.device)}
         self.cwd = asked.settings
         with distributed.first_here_first():
             self.teacher = load_teacher(self.cwd.teacher, self.cwd.trust_teacher)
-            arguments["data"] = digits.resolve(arguments.get("data", asked.base["data"]))
+            arguments["data"] = digits.resolve(arguments.get("data", asked.base["data"]), self.task.name)
         self.levels: list[Level] = []
         self.level_weights: list[float] = []
         self.classes: list[int] = []
@@ -79,6 +95,7 @@ class DistillingTrainer(ResumableTrainer):
         self.criterion: CWDLoss | None = None
         self._batches = self._weighted_batches = 0
         self.explained: list[float] = []
+        self.reshaped = False
         super().__init__(asked, arguments, _callbacks)
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +109,7 @@ class DistillingTrainer(ResumableTrainer):
             unwatched = self.args.compile and self.cwd.balanced  # what flows inside a compiled graph cannot be watched
             if unwatched and self._batches == 0:
                 measure(self.criterion, unwrap_model(self.model), self.teacher, batch)
-            batch["teacher_maps"] = self.teacher(batch["img"])
+            batch["lesson"] = self.teacher.lesson(batch["img"])
         self._batches += 1
         return batch
 
@@ -109,6 +126,14 @@ class DistillingTrainer(ResumableTrainer):
             nn.utils.clip_grad_norm_(adapters, max_norm=STUDENT_CLIP_NORM * self.scaler.get_scale())
         super().optimizer_step()
 
+    def get_model(self, cfg: Any = None, weights: nn.Module | None = None, verbose: bool = True) -> nn.Module:
+        """Build the student as Ultralytics does, unless its checkpoint is of another shape than its YAML."""
+        rebuilt: nn.Module = super().get_model(cfg=cfg, weights=weights, verbose=verbose)
+        self.reshaped = weights is not None and cfg is weights.yaml and is_reshaped(weights, rebuilt)
+        if weights is None or not self.reshaped:
+            return rebuilt
+        return as_it_is(weights, rebuilt, self.args.model, self.args.data)
+
     def setup_model(self) -> Any:
         """Build the student, match its pyramid with the teacher's, and make the adapters."""
         try:
@@ -116,14 +141,16 @@ class DistillingTrainer(ResumableTrainer):
                 checkpoint = super().setup_model()
         except Exception as error:
             reason = f"student={self.args.model}: {first_line(error)}"
-            raise ConfigError(f"{reason}; give an existing .pt checkpoint or .yaml model of a detector") from error
+            raise ConfigError(
+                f"{reason}; give an existing .pt checkpoint or .yaml model for {self.task.name}"
+            ) from error
         student = pyramid_taps(self.model, f"student={self.args.model}")
         self.levels = match_levels(student, self.teacher.taps, self.cwd.levels)
         self.level_weights = self.cwd.weights_of([level.name for level in self.levels])
-        if self.teacher.image_channels != self.data["channels"]:
+        if self.teacher.image_channels != (channels := self.data.get("channels", 3)):
             raise ConfigError(
                 f"{self.teacher.argument}: takes images of {self.teacher.image_channels} channels, data="
-                f"{self.args.data} has {self.data['channels']}; choose a teacher trained on such images"
+                f"{self.args.data} has {channels}; choose a teacher trained on such images"
             )
         if self.args.amp == "bf16" and self.device.type != "cuda":
             raise ConfigError(f"amp=bf16: Ultralytics has it on CUDA only, not on device={self.device}; use amp=False")
@@ -131,10 +158,16 @@ class DistillingTrainer(ResumableTrainer):
         distributed.spread(self.adapters)
         if self.cwd.cwd:
             self.class_weight = self.cwd.class_share / self.cwd.strength
-            if self.class_weight:
+            if self.class_weight and self._class_maps_agree():
                 self.classes = self.teacher.show_classes(list(self.data["names"].values()))
             self.teacher.settle(self.device)
         return checkpoint
+
+    def _class_maps_agree(self) -> bool:
+        """Return whether the class maps of both sides mean the same, and lie at a level that is distilled."""
+        student, teacher = self.model.model[-1], self.teacher.head
+        agree = teacher is not None and class_maps_agree(student, teacher)
+        return agree and (self.task.name != "semantic" or self.levels[0].student_index == 0)
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Add the adapters to Ultralytics' optimizer as the last group, so that warm-up and schedule apply to them."""
@@ -154,7 +187,10 @@ class DistillingTrainer(ResumableTrainer):
         self.add_callback("on_train_epoch_end", DistillingTrainer._report_dropped_terms)
 
     def _wrap_criterion(self) -> None:
-        student = unwrap_model(self.model)
+        student, features = unwrap_model(self.model), student_features
+        if not isinstance(student.model[-1], Detect):  # others do not return what they have received
+            features = (tap := HeadTap()).take
+            student.model[-1].register_forward_pre_hook(tap)
         self.criterion = student.criterion = CWDLoss(
             getattr(student, "criterion", None) or student.init_criterion(),
             adapters=self.adapters,
@@ -167,10 +203,11 @@ class DistillingTrainer(ResumableTrainer):
             classes=self.classes,
             class_weight=self.class_weight,
             device=self.device,
+            features=features,
         )
 
     def _prepare(self) -> None:
-        """Choose the teacher's precision, fit the adapters, and measure first gradients, or take up those of the run."""
+        """Choose the precision, fit the adapters and measure first gradients, or take up what the run had."""
         assert self.criterion is not None
         if self.cwd.cwd:
             choose_precision(self)

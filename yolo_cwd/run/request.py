@@ -15,6 +15,7 @@ from ultralytics.utils.torch_utils import parse_device
 from yolo_cwd.config import ConfigError, Settings, check_names, split_options, with_suffix
 from yolo_cwd.run.distributed import WORLD_SIZE
 from yolo_cwd.run.state import RunState, load_state
+from yolo_cwd.tasks import Task, task_of_student
 
 EXTRA_ARGUMENTS = {"augmentations", "save_dir"}  # training arguments that Ultralytics takes without a default
 REPLACEABLE = {"teacher", "trust_teacher"}  # options that a resumed run may be given anew
@@ -72,6 +73,23 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
     args = get_cfg(base, {**arguments})
     refuse_unsupported(args)
     return Request(base, arguments, args, options, settings, state)
+
+
+def task_of(cfg: Any, overrides: dict[str, Any]) -> Task:
+    """Return the task of the student that a request names.
+
+    Args:
+        cfg: As for `read`.
+        overrides: As for `read`.
+
+    Raises:
+        ConfigError: If it cannot be trained.
+    """
+    given = {**cfg2dict(cfg), **overrides}
+    student = given.get("student") or given.get("model")
+    if resume := given.get("resume"):
+        student = resume if isinstance(resume, str | Path) else student or get_latest_run()
+    return task_of_student(with_suffix(student) if isinstance(student, str) else student, given.get("task"))
 
 
 def plain_options(settings: Settings, student: str, strides: Sequence[int]) -> dict[str, Any]:
@@ -143,7 +161,6 @@ def refuse_unsupported(args: Any) -> None:
             args.data is None and not args.resume,
             "missing; give a data set, such as data=coco8.yaml or data=digits",
         ),
-        ("task", args.task not in {None, "detect"}, "only task=detect can be distilled"),
         ("distill_model", args.distill_model is not None, "is Ultralytics' own distillation; use teacher= instead"),
         ("quantize", args.quantize == 8, "training for int8 takes no teacher; quantize the student at export"),
         ("batch", args.batch < 1, "the memory estimate does not know the teacher; give a number of images, batch=16"),

@@ -30,7 +30,7 @@ def announce(trainer: Any) -> None:
     """Say what is distilled, and record the settings in `cwd.yaml`."""
     student, teacher = Path(trainer.state.options["student"]).stem, trainer.teacher
     _say(trainer, report.beginning(student, trainer))
-    if trainer.cwd.cwd and teacher.names != trainer.data["names"]:
+    if trainer.cwd.cwd and trainer.task.name != "depth" and teacher.names not in ({}, trainer.data["names"]):
         _say(trainer, OTHER_CLASSES)
     YAML.save(trainer.save_dir / "cwd.yaml", {**trainer.state.options, "teacher": teacher.label})
 
@@ -38,7 +38,8 @@ def announce(trainer: Any) -> None:
 def conclude(trainer: Any) -> None:
     """Say what came of it."""
     with plots.never_fatal("sentence on the outcome"):
-        _say(trainer, report.outcome(report.read_curves(trainer.csv, trainer.weights_by_level)))
+        curves = report.read_curves(trainer.csv, trainer.weights_by_level, trainer.task.score)
+        _say(trainer, report.outcome(curves, trainer.task.score))
 
 
 def _say(trainer: Any, sentence: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ultralytics.data.augment import LetterBox
 from ultralytics.utils import LOGGER, colorstr, plt_settings
 
-from yolo_cwd.method.fpn import student_features
+from yolo_cwd.method.fpn import head_inputs
 from yolo_cwd.method.loss import log_distribution
 from yolo_cwd.view.report import Curves, read_curves
 
@@ -103,8 +103,8 @@ def look(trainer: Any, images: Tensor) -> list[View]:
     seen, taught = [], []
     for i in range(len(images)):  # one by one: less memory than a training step
         image = images[i : i + 1].to(trainer.device)
-        seen.append([maps.float() for maps in student_features(student(image.to(dtype))[1])])
-        taught.append(trainer.teacher(image))
+        seen.append([maps.float() for maps in head_inputs(student, image.to(dtype))])
+        taught.append(trainer.teacher.lesson(image).pyramid)
     features, pyramid = ([torch.cat(maps) for maps in zip(*x, strict=True)] for x in (seen, taught))
     views = []
     for level, (ours, theirs) in zip(trainer.levels, criterion.pairs(features, pyramid), strict=True):
@@ -134,7 +134,7 @@ def show_end(trainer: Any) -> None:
     """Draw the pictures of a complete training."""
     with never_fatal("pictures of the distillation"):
         curves, channels = trainer.save_dir / "cwd_levels.png", trainer.save_dir / "cwd_channels.png"
-        draw_levels(curves, read_curves(trainer.csv, trainer.weights_by_level))
+        draw_levels(curves, read_curves(trainer.csv, trainer.weights_by_level, trainer.task.score))
         draw_channels(channels, trainer.state.start, _show_maps(trainer), trainer.epoch + 1)
         trainer.on_plot(curves)
         trainer.on_plot(channels)
@@ -157,7 +157,7 @@ def draw_levels(file: Path, curves: Curves) -> None:
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), sharex=True, layout="constrained")
     colours = dict(zip(curves.terms, COLOURS[1:], strict=False))
-    middle.plot(curves.epochs, curves.detection, ".-", color=COLOURS[0], label="detection loss")
+    middle.plot(curves.epochs, curves.task, ".-", color=COLOURS[0], label="the task's own loss")
     for name, colour in colours.items():
         left.plot(curves.epochs, curves.divergence[name], ".-", color=colour, label=name)
         middle.plot(curves.epochs, curves.terms[name], ".-", color=colour, label=f"{name}, weighted")

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from yolo_cwd.config import WEIGHT_COLUMN
-
-SCORE = "metrics/mAP50-95(B)"
+from yolo_cwd.tasks import Score
 
 
 class Curves(NamedTuple):
@@ -19,16 +18,16 @@ class Curves(NamedTuple):
 
     Attributes:
         epochs: Epochs as `results.csv` counts them, from 1.
-        detection: The detection loss in training, without our terms.
+        task: The task's own loss in training, without our terms.
         weight: The overall weight.
         terms: By level the weighted term of the training loss.
         divergence: By level the divergence itself, in nats; nan while the weights are 0.
         shares: By level the norm of the divergence's gradient at the student's maps over that of the task's own.
-        score: mAP50-95 on the validation images; 0 where an epoch was not validated.
+        score: The task's score on the validation images; 0 where an epoch was not validated.
     """
 
     epochs: list[int]
-    detection: list[float]
+    task: list[float]
     weight: list[float]
     terms: dict[str, list[float]]
     divergence: dict[str, list[float]]
@@ -42,28 +41,29 @@ def read_rows(table: Path) -> list[dict[str, float]]:
         return [{name.strip(): float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def read_curves(table: Path, weights: Mapping[str, float]) -> Curves:
+def read_curves(table: Path, weights: Mapping[str, float], score: Score) -> Curves:
     """Read the curves from a `results.csv`, so that they are whole after `resume` too.
 
     Args:
         table: The file.
         weights: The weight of every term by its name: the distilled levels (`P3`), finest first, and the class maps.
+        score: What the task's models are judged by.
     """
     rows = read_rows(table)
     ours = {f"train/{name}_loss" for name in weights} | {"train/cwd_loss"}
-    detection = [n for n in rows[0] if n.startswith("train/") and n.endswith("_loss") and n not in ours]
+    own = [n for n in rows[0] if n.startswith("train/") and n.endswith("_loss") and n not in ours]
     terms = {name: [row[f"train/{name}_loss"] for row in rows] for name in weights}
     weight = [row[WEIGHT_COLUMN] for row in rows]
     divergence = {name: [_divergence(row, name, weights[name]) for row in rows] for name in weights}
     shares = {name: [row.get(f"train/{name}_share", math.nan) for row in rows] for name in weights}
     return Curves(
         epochs=[int(row["epoch"]) for row in rows],
-        detection=[sum(row[name] for name in detection) for row in rows],
+        task=[sum(row[name] for name in own) for row in rows],
         weight=weight,
         terms=terms,
         divergence=divergence,
         shares=shares,
-        score=[row.get(SCORE, 0.0) for row in rows],
+        score=[row.get(score.column, 0.0) for row in rows],
     )
 
 
@@ -85,6 +85,7 @@ def beginning(student: str, trainer: Any) -> str:
     settings, teacher = trainer.cwd, trainer.teacher
     if not settings.cwd:
         return f"cwd=0: nothing is distilled, {student} trains as it would without a teacher"
+    student += ", in the shape of its pruned checkpoint," if trainer.reshaped else ""
     learns = ", ".join(level.name for level in trainer.levels)
     if trainer.classes:
         learns += f" and the maps of {len(trainer.classes)} {'classes' if len(trainer.classes) > 1 else 'class'}"
@@ -103,10 +104,16 @@ def beginning(student: str, trainer: Any) -> str:
     )
 
 
-def outcome(curves: Curves) -> str:
-    """Say what came of a run: its best score, and how far the divergence fell in training."""
-    best = max(curves.score)
-    parts = [f"best mAP50-95 {best:.3f} in epoch {curves.epochs[curves.score.index(best)]}" if best else "mAP50-95 0"]
+def outcome(curves: Curves, score: Score) -> str:
+    """Say what came of a run: its best score, and how far the divergence fell in training.
+
+    Args:
+        curves: The course of the run.
+        score: What the score is.
+    """
+    known = [(value, epoch) for value, epoch in zip(curves.score, curves.epochs, strict=True) if value]
+    best, epoch = max(known, key=lambda x: score.sign * x[0], default=(0.0, 0))
+    parts = [f"best {score.label} {best:.3f} in epoch {epoch}" if best else f"{score.label} 0"]
     distilled = [i for i, weight in enumerate(curves.weight) if weight]
     if len(distilled) > 1:
         first, last = distilled[0], distilled[-1]

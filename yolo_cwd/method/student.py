@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Students that are no stock model: a pruned checkpoint keeps its shape.
+
+Ultralytics builds a student from the YAML in its checkpoint, and copies what fits. A network whose channels have been
+pruned would come back at full width, with most of its weights at random.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from torch import nn
+
+from yolo_cwd.config import ConfigError
+
+
+def is_reshaped(weights: nn.Module, rebuilt: nn.Module) -> bool:
+    """Return whether a checkpoint's tensors are of other shapes than those of the model that its YAML describes.
+
+    Args:
+        weights: The checkpoint's own module.
+        rebuilt: The model of its YAML, for the classes of the data, on which the last layers of a head depend.
+    """
+    theirs = {name: value.shape for name, value in rebuilt.state_dict().items()}
+    head = f"model.{len(rebuilt.model) - 1}."  # type: ignore[arg-type]
+    return any(
+        theirs.get(name, value.shape) != value.shape
+        for name, value in weights.state_dict().items()
+        if not name.startswith(head) or classes(weights) == classes(rebuilt)
+    )
+
+
+def as_it_is(weights: nn.Module, rebuilt: nn.Module, student: Any, data: Any) -> nn.Module:
+    """Return a checkpoint's own module, ready to be trained.
+
+    Args:
+        weights: The checkpoint's module.
+        rebuilt: The model of its YAML, for the classes of the data.
+        student: What the user named it by.
+        data: The data set, for the message.
+
+    Raises:
+        ConfigError: If it is of other classes than the data: its head cannot be made anew without a description.
+    """
+    if classes(weights) != classes(rebuilt):
+        raise ConfigError(
+            f"student={student}: a pruned checkpoint keeps its shape and its {classes(weights)} classes, data={data} "
+            f"has {classes(rebuilt)}; fine-tune it to the data's classes before you prune it"
+        )
+    model = deepcopy(weights).float().requires_grad_(True)
+    model.names = rebuilt.names
+    return model.train()
+
+
+def classes(model: nn.Module) -> int:
+    """Return the number of classes of a head; 0 where it has none."""
+    return int(getattr(model.model[-1], "nc", 0))  # type: ignore[index]

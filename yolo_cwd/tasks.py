@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The dense tasks of Ultralytics: the trainer of each, and the scores by which its models are judged."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+from ultralytics.models import yolo
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import guess_model_task, load_checkpoint, yaml_model_load
+from ultralytics.utils import LOGGER, colorstr
+
+from yolo_cwd.config import ConfigError
+
+OTHER_TRAINERS = {  # heads whose models Ultralytics trains by another trainer than that of their task
+    "RTDETRDecoder": "RT-DETR",
+    "WorldDetect": "YOLO-World",
+    "YOLOEDetect": "YOLOE",
+    "YOLOESegment": "YOLOE",
+    "YOLOESegment26": "YOLOE",
+}
+
+
+class Score(NamedTuple):
+    """A score from 0 to 1.
+
+    Attributes:
+        column: What Ultralytics calls it in `results.csv` and in the results of a validation.
+        label: What a person calls it.
+        sign: 1 where more is better, -1 where less is.
+    """
+
+    column: str
+    label: str
+    sign: int = 1
+
+
+class Task(NamedTuple):
+    """A dense task.
+
+    Attributes:
+        name: What Ultralytics calls it.
+        suffix: How the names of its models end.
+        trainer: Ultralytics' trainer of it.
+        score: What its models are judged by.
+        second: Another score to look at beside it.
+    """
+
+    name: str
+    suffix: str
+    trainer: type[DetectionTrainer]
+    score: Score
+    second: Score
+
+
+BOXES = Score("metrics/mAP50-95(B)", "box mAP50-95")
+ALL = (
+    Task("detect", "", DetectionTrainer, Score(BOXES.column, "mAP50-95"), Score("metrics/mAP50(B)", "mAP50")),
+    Task("segment", "-seg", yolo.segment.SegmentationTrainer, Score("metrics/mAP50-95(M)", "mask mAP50-95"), BOXES),
+    Task("pose", "-pose", yolo.pose.PoseTrainer, Score("metrics/mAP50-95(P)", "pose mAP50-95"), BOXES),
+    Task("obb", "-obb", yolo.obb.OBBTrainer, Score(BOXES.column, "mAP50-95"), Score("metrics/mAP50(B)", "mAP50")),
+    Task(
+        "semantic",
+        "-sem",
+        yolo.semantic.SemanticSegmentationTrainer,
+        Score("metrics/mIoU", "mIoU"),
+        Score("metrics/pixel_acc", "pixel accuracy"),
+    ),
+    Task(
+        "depth",
+        "-depth",
+        yolo.depth.DepthTrainer,
+        Score("metrics/abs_rel", "relative error", sign=-1),
+        Score("metrics/delta1", "delta1"),
+    ),
+)
+TASKS = {task.name: task for task in ALL}
+
+
+def task_of_trainer(trainer: type) -> Task:
+    """Return the task that a trainer is of: detection, unless it derives from the trainer of another one."""
+    return next((task for task in ALL[1:] if issubclass(trainer, task.trainer)), ALL[0])
+
+
+def task_of_student(student: Any, asked: str | None = None) -> Task:
+    """Return the task that a student is for; as in Ultralytics, what the model is counts more than what was asked.
+
+    Args:
+        student: A name, a path, or the model itself.
+        asked: The argument `task`.
+
+    Raises:
+        ConfigError: If it is for none of the dense tasks, or if Ultralytics has a trainer of its own for it.
+    """
+    name, head = _task_and_head(student)
+    if head in OTHER_TRAINERS:
+        raise ConfigError(
+            f"student={student}: {OTHER_TRAINERS[head]} has a trainer of its own; give it as teacher=, and as student "
+            "a YOLO such as yolov8n.pt"
+        )
+    name = name or asked or ALL[0].name
+    if name not in TASKS:
+        raise ConfigError(f"task={name}: has no pyramid to distil; give a model for {', '.join(TASKS)}")
+    if asked and asked != name:
+        LOGGER.warning(f"{colorstr('CWD:')} task={asked}: {student} is a model for task={name}, and is trained for it")
+    return TASKS[name]
+
+
+def _task_and_head(student: Any) -> tuple[str | None, str]:
+    """Return the task of a model, None if that is not known, and the class name of its head."""
+    path = Path(str(student))
+    with suppress(Exception):  # what is wrong with it is said where it is built
+        if isinstance(student, nn.Module):
+            return guess_model_task(student), _head_of(student)
+        if path.suffix in {".yaml", ".yml"}:
+            description = yaml_model_load(student)
+            return guess_model_task(description), description["head"][-1][2]
+        if path.is_file():
+            model, _ = load_checkpoint(student)
+            return guess_model_task(model), _head_of(model)
+    suffixes = {task.suffix: task.name for task in ALL[1:]} | {"-cls": "classify"}
+    return next((name for suffix, name in suffixes.items() if suffix in path.stem), None), ""
+
+
+def _head_of(model: nn.Module) -> str:
+    return type(model.model[-1]).__name__  # type: ignore[index]

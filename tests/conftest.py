@@ -10,10 +10,13 @@ from typing import Any
 os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="yolo_cwd-tests-")  # keep the user's settings out of it
 os.environ["OMP_NUM_THREADS"] = "1"  # tests share the cores out, one for each
 
+import cv2
+import numpy as np
 import pictures
 import pytest
 import torch
 import yaml
+from torch import nn
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import yaml_model_load
 
@@ -39,6 +42,18 @@ def narrow(name: str, width: float = 0.25) -> str:
     file.parent.mkdir(exist_ok=True)
     file.write_text(yaml.safe_dump({k: v for k, v in model.items() if k != "yaml_file"}), encoding="utf-8")
     return str(file)
+
+
+def settled(model: Any, data: str) -> Any:
+    """Give a model of random weights the normalization statistics of the data, as a trained one has them."""
+    images = [cv2.imread(str(file)) for file in sorted(Path(data).parent.glob("images/train/*.jpg"))]
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    with torch.no_grad():
+        model.train()(batch)
+    return model
 
 
 STUDENT, TEACHER = narrow("yolov8n.yaml"), narrow("yolov8s.yaml")  # 16, 32, 64 and 32, 64, 128 channels

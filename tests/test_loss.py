@@ -12,6 +12,7 @@ from yolo_cwd.method import loss as loss_module
 from yolo_cwd.method import parallel
 from yolo_cwd.method.fpn import Level
 from yolo_cwd.method.loss import standardize
+from yolo_cwd.method.teacher import Lesson
 
 
 def reference(student: torch.Tensor, teacher: torch.Tensor, tau: float) -> float:
@@ -167,26 +168,26 @@ def batch(**more: object) -> dict[str, object]:
     ],
 )
 def test_criterion_adds_the_weighted_terms(criterion: CWDLoss, preds: dict[str, object]) -> None:
-    given = batch(teacher_maps=PYRAMID)
+    given = batch(lesson=Lesson(PYRAMID, []))
     loss, items = criterion(preds, given)
     assert list(given) == ["img"], "the teacher's maps must not outlive the step"
     pairs = list(zip(FEATURES, PYRAMID, strict=True))
     expected = [w * reference(s, t, 2.0) for (s, t), w in zip(pairs, (10.0, 5.0), strict=True)]
     assert loss.tolist() == pytest.approx([1, 2, 3, *(2 * x for x in expected)], rel=1e-5)  # batch of 2
     assert list(items) == ["box_loss", "cwd_loss"]
-    assert criterion.levels_mean == pytest.approx(dict(zip(["P3_loss", "P4_loss"], expected, strict=True)), rel=1e-5)
+    assert criterion.columns["loss"] == pytest.approx(dict(zip(["P3", "P4"], expected, strict=True)), rel=1e-5)
     assert items["cwd_loss"].item() == pytest.approx(sum(expected), rel=1e-5)
 
 
 def test_means_of_the_levels_begin_anew_with_the_epoch(criterion: CWDLoss) -> None:
-    criterion({"feats": FEATURES}, batch(teacher_maps=list(PYRAMID)))
-    once = criterion.levels_mean
+    criterion({"feats": FEATURES}, batch(lesson=Lesson(PYRAMID, [])))
+    once = criterion.columns["loss"]
     criterion({"feats": FEATURES}, batch())  # a batch that is not distilled counts
-    assert criterion.levels_mean == pytest.approx({name: value / 2 for name, value in once.items()})
+    assert criterion.columns["loss"] == pytest.approx({name: value / 2 for name, value in once.items()})
     criterion.begin_epoch(3 * criterion.weight)
-    assert set(criterion.levels_mean.values()) == {0.0}
-    criterion({"feats": FEATURES}, batch(teacher_maps=list(PYRAMID)))
-    assert criterion.levels_mean == pytest.approx({name: 3 * value for name, value in once.items()})
+    assert set(criterion.columns["loss"].values()) == {0.0}
+    criterion({"feats": FEATURES}, batch(lesson=Lesson(PYRAMID, [])))
+    assert criterion.columns["loss"] == pytest.approx({name: 3 * value for name, value in once.items()})
 
 
 def test_criterion_without_a_teachers_maps_leaves_the_detection_loss_alone(criterion: CWDLoss) -> None:
@@ -205,10 +206,10 @@ def test_a_term_that_is_not_finite_is_left_out_and_counted(value: float) -> None
     broken[0, 0, 0, 0] = value
     for times in (1, 2):
         criterion.begin_epoch(1.0)
-        loss, _ = criterion({"feats": features}, batch(teacher_maps=[broken, PYRAMID[1]]))
+        loss, _ = criterion({"feats": features}, batch(lesson=Lesson([broken, PYRAMID[1]], [])))
         loss.sum().backward()
         assert int(criterion.dropped) == times
-        assert criterion.levels_mean["P3_loss"] == 0 < criterion.levels_mean["P4_loss"]
+        assert criterion.columns["loss"]["P3"] == 0 < criterion.columns["loss"]["P4"]
     first, second = (adapter.weight.grad for adapter in adapters)
     assert first.abs().sum() == features[0].grad.abs().sum() == 0
     assert second.isfinite().all()

@@ -5,13 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 import torch
-from conftest import STUDENT
+from conftest import STUDENT, settled
 from test_state import interrupted, resume
-from torch import nn
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
@@ -24,18 +21,6 @@ from yolo_cwd.run.state import FILE, load_state
 PRETRAINED = Path(__file__).parents[2] / "shared" / "data" / "pretrained"
 Train = Callable[..., CWDTrainer]
 compile_ = torch.compile
-
-
-def settled(model: DetectionModel, data: str) -> DetectionModel:
-    """Give a model of random weights the normalization statistics of the data, as a trained one has them."""
-    images = [cv2.imread(str(file)) for file in sorted(Path(data).parent.glob("images/train/*.jpg"))]
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 1.0
-    with torch.no_grad():
-        model.train()(batch)
-    return model
 
 
 @pytest.fixture

@@ -113,17 +113,12 @@ def _task_and_head(student: Any) -> tuple[str | None, str]:
     """Return the task of a model, None if that is not known, and the class name of its head."""
     path = Path(str(student))
     with suppress(Exception):  # what is wrong with it is said where it is built
-        if isinstance(student, nn.Module):
-            return guess_model_task(student), _head_of(student)
         if path.suffix in {".yaml", ".yml"}:
             description = yaml_model_load(student)
-            return guess_model_task(description), description["head"][-1][2]
-        if path.is_file():
-            model, _ = load_checkpoint(student)
-            return guess_model_task(model), _head_of(model)
+        else:
+            model = student if isinstance(student, nn.Module) else load_checkpoint(path.resolve(strict=True))[0]
+            description = model.yaml
+        head = description["head"][-1][2]
+        return None if head in OTHER_TRAINERS else guess_model_task(description), head
     suffixes = {task.suffix: task.name for task in ALL[1:]} | {"-cls": "classify"}
     return next((name for suffix, name in suffixes.items() if suffix in path.stem), None), ""
-
-
-def _head_of(model: nn.Module) -> str:
-    return type(model.model[-1]).__name__  # type: ignore[index]

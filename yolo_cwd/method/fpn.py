@@ -208,15 +208,16 @@ def class_maps_agree(student: nn.Module, teacher: nn.Module) -> bool:
 
 
 def student_scores(preds: Any) -> Tensor:
-    """Return the logits [N, classes, positions] that the student's head returned in training mode.
+    """Return the logits of the classes that the student's head returned in training mode.
 
-    The positions are those of all levels, one level after the other, or of a semantic head those of the finest alone.
+    [N, classes, positions], the positions of one level after the other; of a semantic head [N, classes, H, W], those of
+    the finest level alone.
     """
     if isinstance(preds, dict):
         scores: Tensor = preds.get("one2many", preds)["scores"]
         return scores
     logits: Tensor = preds[0] if isinstance(preds, tuple) else preds
-    return logits.flatten(2)
+    return logits
 
 
 def build_adapters(levels: list[Level], kind: str) -> nn.ModuleList:

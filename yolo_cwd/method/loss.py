@@ -206,11 +206,6 @@ class CWDLoss:
         return self.weight * self._shares * ratios
 
     @property
-    def levels_mean(self) -> dict[str, float]:
-        """The mean weighted term by column; the items hold the sum alone, to keep progress bars narrow."""
-        return {f"{name}_loss": mean for name, mean in self.columns["loss"].items()}
-
-    @property
     def columns(self) -> dict[str, dict[str, float]]:
         """What happened since the epoch began, by kind and name.
 
@@ -266,17 +261,17 @@ class CWDLoss:
 
         Args:
             features: The student's pyramid, one map [N, C, H, W] for each input of its head.
-            scores: The logits of its classes [N, classes, positions], of all levels or of the finest alone.
+            scores: The logits of its classes, [N, classes, positions of all levels] or [N, classes, H, W] of the finest.
             lesson: What the teacher shows of the same images.
         """
         found = self.divergences(features, lesson.pyramid)
         if not self.classes or scores is None:
             return found
         sizes = [maps.shape[-2:].numel() for maps in features]
-        sizes = sizes[:1] if scores.shape[-1] == sizes[0] else sizes
+        sizes = sizes[:1] if scores.ndim == 4 else sizes
 
         def divergence(leaf: Tensor) -> Tensor:
-            ours, theirs = torch.split(leaf, sizes, dim=-1), lesson.classes  # [N, classes, HW] a level
+            ours, theirs = torch.split(leaf.flatten(2), sizes, dim=-1), lesson.classes  # [N, classes, HW] a level
             shown = [x for x in self.levels if x.student_index < len(ours) and x.teacher_index < len(theirs)]
             pairs = [(ours[x.student_index][:, self.classes], theirs[x.teacher_index].flatten(2)) for x in shown]
             return torch.stack([channel_wise_divergence(s, t, self.tau) for s, t in pairs]).sum()

@@ -266,6 +266,8 @@ def wait_for(device: torch.device) -> None:
 class _HeadInputs(nn.Module):
     """Stands in the place of a head and returns what the head would have received, and its class maps."""
 
+    export = False  # YOLO-World asks its head
+
     def __init__(self, head: Any) -> None:
         super().__init__()
         self.__dict__.update(f=head.f, i=head.i, type=head.type)  # how a YOLO model routes its layers

@@ -1,0 +1,227 @@
+"""Every dense task: one trainer, one loss, plain checkpoints."""
+
+import csv
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHORT, STUDENT, TAUGHT, narrow, settled
+from torch import nn
+from ultralytics import YOLO
+
+from yolo_cwd import CWDTrainer, digits
+from yolo_cwd.config import ConfigError
+from yolo_cwd.method.fpn import HeadTap
+from yolo_cwd.method.teacher import load_teacher
+from yolo_cwd.tasks import TASKS, task_of_student
+
+MODELS = {
+    "segment": ("yolov8n-seg.yaml", "yolo11n-seg.yaml"),
+    "pose": ("yolo11n-pose.yaml", "yolov8n-pose.yaml"),
+    "obb": ("yolov8n-obb.yaml", "yolo26n-obb.yaml"),
+    "semantic": ("yolo26n-sem.yaml", "yolo26n-sem.yaml"),
+    "depth": ("yolo26n-depth.yaml", "yolo26n-depth.yaml"),
+}
+Train = Callable[..., CWDTrainer]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """YAML paths of the digits by task, 8 training and 4 validation images each."""
+    root = tmp_path_factory.mktemp("sets")
+    return {task: str(digits.build(root, {"train": 8, "val": 4}, task=task)) for task in TASKS}
+
+
+@pytest.fixture
+def students(sets: dict[str, str]) -> dict[str, str]:
+    """Narrow models by task."""
+    return {task: narrow(student) for task, (student, _) in MODELS.items()}
+
+
+def rows(trainer: CWDTrainer) -> list[dict[str, float]]:
+    with trainer.csv.open() as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("task", MODELS)
+def test_a_student_of_every_task_learns_from_a_teacher_of_its_own(
+    train: Train, sets: dict[str, str], students: dict[str, str], task: str
+) -> None:
+    torch.manual_seed(4)
+    teacher = YOLO(narrow(MODELS[task][1], 0.5))
+    settled(teacher.model, sets[task])
+    options = {"cwd": "balanced", "adapter": "fitted", "val": True, "epochs": 2}
+    trainer = train(model=students[task], teacher=teacher, data=sets[task], **options)
+    assert isinstance(trainer, TASKS[task].trainer)
+    assert trainer.args.task == task
+    assert trainer.save_dir.parent.name == "runs"
+    row = rows(trainer)[-1]
+    levels = ("P3", "P4") if task == "semantic" else ("P3", "P4", "P5")
+    assert all(row[f"train/{level}_loss"] > 0 and row[f"train/{level}_share"] > 0 for level in levels)
+    assert TASKS[task].score.column in row
+    trained = YOLO(trainer.last)
+    assert trained.task == task
+    assert not any("cwd" in type(m).__module__ for m in trained.model.modules())
+
+
+@pytest.mark.parametrize("task", ["semantic", "segment"])
+def test_class_maps_are_compared_where_both_know_a_class(
+    train: Train, sets: dict[str, str], students: dict[str, str], task: str
+) -> None:
+    teacher = YOLO(narrow(MODELS[task][1], 0.5))
+    names = {**digits.CLASSES, 10: "background"} if task == "semantic" else digits.CLASSES
+    head = settled(teacher.model, sets[task]).model[-1]
+    teacher.model.names = {i: names.get(i, f"other {i}") for i in range(head.nc)}
+    trainer = train(model=students[task], teacher=teacher, data=sets[task], cwd="balanced", epochs=2)
+    assert len(trainer.classes) == len(names)
+    assert rows(trainer)[-1]["train/classmap_loss"] > 0
+
+
+@pytest.mark.parametrize("task", MODELS)
+def test_without_weight_a_task_trains_as_in_plain_ultralytics(
+    train: Train, sets: dict[str, str], students: dict[str, str], tmp_path: Path, task: str
+) -> None:
+    ours = train(model=students[task], data=sets[task], cwd=0)
+    project = str(tmp_path / "plain")
+    plain = TASKS[task].trainer(overrides={**SHORT, "model": students[task], "data": sets[task], "project": project})
+    plain.train()
+    theirs = plain.ema.ema.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.ema.ema.state_dict().items())
+
+
+@pytest.mark.parametrize("task", ["segment", "semantic", "depth"])
+def test_the_loss_is_the_tasks_own_and_the_divergences(
+    train: Train, sets: dict[str, str], students: dict[str, str], task: str
+) -> None:
+    """One batch through the parts by hand: the criterion of the task, and the divergences of what the head receives."""
+    seen: list[tuple[float, float, float]] = []
+
+    def look(trainer: CWDTrainer) -> None:
+        criterion, student = trainer.criterion, trainer.model.train()
+        batch = trainer.preprocess_batch(next(iter(trainer.train_loader)))
+        received: list[torch.Tensor] = []
+        hook = student.model[-1].register_forward_pre_hook(lambda _, inputs: received.extend(inputs[0]))
+        own, _ = criterion.criterion(student(batch["img"]), batch)
+        hook.remove()
+        divergences = criterion.divergences(received, trainer.teacher(batch["img"]))
+        criterion.weight = 100.0
+        whole, _ = criterion(student(batch["img"]), {**batch, "lesson": trainer.teacher.lesson(batch["img"])})
+        seen.append((float(whole.sum()), float(own.sum()), float(sum(divergences)) * len(batch["img"])))
+
+    train(model=students[task], data=sets[task], callbacks={"on_train_start": look})
+    ((whole, own, divergences),) = seen
+    assert whole == pytest.approx(own + 100 * divergences, rel=1e-4)
+
+
+@pytest.mark.parametrize("task", ["pose", "semantic"])
+def test_a_teacher_of_another_task_teaches(
+    train: Train, sets: dict[str, str], students: dict[str, str], checkpoints: Path, task: str
+) -> None:
+    trainer = train(model=students[task], data=sets[task], teacher=str(checkpoints / "segment.pt"))
+    assert all(rows(trainer)[0][f"train/{level}_loss"] > 0 for level in ("P3", "P4"))
+    assert not trainer.classes
+
+
+@pytest.mark.parametrize("task", ["segment", "semantic"])
+def test_checkpoints_of_a_task_load_without_us(
+    train: Train, sets: dict[str, str], students: dict[str, str], tmp_path: Path, task: str
+) -> None:
+    trainer = train(model=students[task], data=sets[task])
+    code = f"""
+import sys
+sys.modules["yolo_cwd"] = None
+from ultralytics import YOLO
+print(YOLO({str(trainer.last)!r}).task)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert result.stdout.splitlines()[-1] == task
+
+
+def test_a_tap_is_pickled_as_a_hook_that_does_nothing() -> None:
+    tap, head = HeadTap(), nn.Identity()
+    received = ([torch.ones(1, 2, 3, 3)],)
+    assert tap(head, received) is None
+    assert tap.take(None) == received[0]
+    head.register_forward_pre_hook(tap)
+    copied = pickle.loads(pickle.dumps(head))
+    assert b"yolo_cwd" not in pickle.dumps(head)
+    assert torch.equal(copied(received[0][0]), received[0][0])
+
+
+def test_yolo_train_finds_the_trainer_of_its_task(
+    sets: dict[str, str], students: dict[str, str], tmp_path: Path
+) -> None:
+    model = YOLO(students["segment"])
+    arguments = {k: v for k, v in SHORT.items() if k != "model"}
+    model.train(trainer=CWDTrainer, data=sets["segment"], project=str(tmp_path), **TAUGHT, **arguments)
+    assert isinstance(model.trainer, TASKS["segment"].trainer)
+    assert type(model.trainer).__name__ == "CWDTrainer"
+    assert type(model.trainer).__module__ == "yolo_cwd.trainer", "processes that Ultralytics starts import it by name"
+
+
+class Mine(CWDTrainer):
+    """A trainer of somebody's own."""
+
+
+def test_a_trainer_of_ones_own_is_joined_too(sets: dict[str, str], students: dict[str, str], tmp_path: Path) -> None:
+    overrides = {**TAUGHT, **SHORT, "model": students["pose"], "data": sets["pose"], "project": str(tmp_path)}
+    trainer = Mine(overrides=overrides)
+    assert isinstance(trainer, Mine)
+    assert isinstance(trainer, TASKS["pose"].trainer)
+    assert type(trainer).__name__ == "Mine"
+
+
+@pytest.mark.parametrize(
+    ("student", "task"),
+    [
+        ("yolov8n.yaml", "detect"),
+        ("yolo11n-seg", "segment"),
+        ("yolo26n-sem.pt", "semantic"),
+        ("yolo26n-depth.yaml", "depth"),
+        ("yolov8n-pose-p6.yaml", "pose"),
+        ("best.pt", "detect"),
+    ],
+)
+def test_the_task_is_the_students(student: str, task: str) -> None:
+    assert task_of_student(student).name == task
+
+
+def test_what_a_checkpoint_holds_counts_more_than_its_name(tmp_path: Path) -> None:
+    YOLO(narrow("yolov8n-obb.yaml")).save(tmp_path / "best-seg.pt")
+    assert task_of_student(tmp_path / "best-seg.pt", asked="segment").name == "obb"
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ("yolov8n-cls.yaml", "task=classify: has no pyramid to distil; give a model for detect, segment, pose"),
+        (
+            "yolov8s-worldv2.yaml",
+            "student=yolov8s-worldv2.yaml: YOLO-World has a trainer of its own; give it as teacher=",
+        ),
+        ("yoloe-11s-seg.yaml", "student=yoloe-11s-seg.yaml: YOLOE has a trainer of its own"),
+        ("rtdetr-l.yaml", "student=rtdetr-l.yaml: RT-DETR has a trainer of its own"),
+    ],
+)
+def test_students_that_have_another_trainer_are_refused(student: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        CWDTrainer(
+            overrides={"model": student, "teacher": STUDENT, "data": "coco8.yaml", "project": str(tmp_path / "x")}
+        )
+    assert str(error.value).startswith(message)
+    assert len(str(error.value)) < 300
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_dry_pass_leaves_no_trace(students: dict[str, str]) -> None:
+    model = YOLO(students["segment"]).model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    teacher = load_teacher(model)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model.model[-1]._forward_pre_hooks
+    assert teacher.taps.keys() == {8, 16, 32}

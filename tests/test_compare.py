@@ -374,6 +374,27 @@ def test_a_teacher_of_the_same_classes_is_scored(words: dict[str, Any], monkeypa
     assert summary["teacher"].keys() == {"map50_95", "map50", "classes"}
 
 
+def test_a_score_is_that_of_val_with_the_arguments_of_the_run(
+    words: dict[str, Any], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[dict[str, Any]] = []
+    val = YOLO.val
+    monkeypatch.setattr(YOLO, "val", lambda yolo, **given: (scored.append(given), val(yolo, **given))[1])
+    own = {"one": {"method": "plain", "classes": [1], "imgsz": 96}, "two": {"method": "plain", "max_det": 5}}
+    (tmp_path / "arms.yaml").write_text(yaml.safe_dump(own))
+    shared = {"classes": [3, 4], "conf": 0.002, "iou": 0.6, "agnostic_nms": True, "lr0": 0.02, "tau": 2.0}
+    compare.run({**words, **shared, "arms": str(tmp_path / "arms.yaml"), "seeds": 1})
+    found = {f.stem: json.loads(f.read_text()) for f in (Path(words["folder"]) / "results").glob("*.json")}
+    assert found["one-0"]["classes"].keys() == {"1"}
+    assert found["two-0"]["classes"].keys() == {"3", "4"}
+    for run, given in zip(("one", "two"), scored[-2:], strict=True):
+        asked = {**SHORT, **shared, **own[run], "data": data}
+        asked = {name: value for name, value in asked.items() if name not in {"method", "tau", *compare.SILENT}}
+        assert {name: given.get(name) for name in asked} == asked
+        theirs = val(YOLO(found[f"{run}-0"]["weights"]), **asked, plots=False, project=str(tmp_path / "val"))
+        assert theirs.box.map == found[f"{run}-0"]["map50_95"]
+
+
 def test_absent_data_leaves_no_folder(words: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^data=absent.yaml: "):
         compare.run({**words, "data": "absent.yaml"})

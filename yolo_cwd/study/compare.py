@@ -59,6 +59,15 @@ METHODS = ("plain", "cwd", "builtin")
 OWN_ARGUMENTS = {"arms", "seeds", "split", "folder"}
 SPLITS = ("val", "test", "train")
 POLL_SECONDS = 2.0
+OF_TRAINING = {
+    "model",
+    "mode",
+    "rect",
+    "compile",
+    "resume",
+    "save_dir",
+}  # arguments with no or another meaning in `val`
+SILENT = {"exist_ok": True, "plots": False, "verbose": False, "save_json": False, "save_txt": False, "cache": False}
 
 
 class Arm(NamedTuple):
@@ -346,7 +355,7 @@ def train_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
     place = {"seed": seed, "project": str(folder.parent), "name": folder.name, "exist_ok": True}
     seconds = _train(arm.method, comparison.teacher_of(arm), {**words, **place}, folder)
     weights = next(file for file in _checkpoints(folder) if file.exists())
-    scores = score(weights, comparison.arguments, comparison.split, folder)
+    scores = score(weights, words, comparison.split, folder)
     curve = [row[SCORE] for row in read_rows(folder / "results.csv")] if words.get("val", True) else []
     return {"arm": arm.name, "seed": seed, "seconds": seconds, "weights": str(weights), **scores, "curve": curve}
 
@@ -409,10 +418,17 @@ def _seconds(rows: list[dict[str, float]]) -> float:
 
 
 def score(weights: Path | str, arguments: dict[str, Any], split: str, folder: Path) -> dict[str, Any]:
-    """Return mAP50-95, mAP50 and mAP50-95 by class of a checkpoint on a split; `folder` is for Ultralytics' own use."""
-    arguments = {k: v for k, v in arguments.items() if k in {"data", "imgsz", "batch", "device", "single_cls"}}
-    place = {"project": str(folder), "name": "score", "exist_ok": True, "plots": False, "verbose": False}
-    metrics = YOLO(weights).val(split=split, **arguments, **place)
+    """Return mAP50-95, mAP50 and mAP50-95 by class of a checkpoint, as Ultralytics' `val` finds them.
+
+    Args:
+        weights: The checkpoint.
+        arguments: All arguments of its training; those that matter to a score count here too.
+        split: The split to score it on.
+        folder: For Ultralytics' own use.
+    """
+    _, arguments = split_options(arguments)
+    arguments = {name: value for name, value in arguments.items() if name not in OF_TRAINING}
+    metrics = YOLO(weights).val(**{**arguments, **SILENT, "project": str(folder), "name": "score", "split": split})
     box = metrics.box
     classes = {metrics.names[c]: float(box.maps[c]) for c in box.ap_class_index}
     return {"map50_95": float(box.map), "map50": float(box.map50), "classes": classes}

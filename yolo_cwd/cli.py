@@ -146,6 +146,7 @@ def train(words: list[str]) -> None:
     """Train a student under a teacher."""
     overrides = parse(words)
     from yolo_cwd.run.distributed import lost_peer
+    from yolo_cwd.run.refusal import refusal
     from yolo_cwd.run.state import FILE
     from yolo_cwd.trainer import CWDTrainer
 
@@ -169,7 +170,7 @@ def train(words: list[str]) -> None:
             raise ChildProcessError(f"{ours} ends, since {reason}") from error
         if trainer is not None and trainer.criterion is not None:  # the training had begun: a fault, not bad input
             raise
-        raise ConfigError(first_line(error)) from error
+        raise refusal(error, overrides) from error
 
 
 def check(words: list[str]) -> None:

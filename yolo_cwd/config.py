@@ -28,14 +28,51 @@ class ConfigError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".;") if lines else type(error).__name__
+    """Return the first line of an error's message as plain text, or its class where it has none."""
+    return (_plain_lines(error) or [type(error).__name__])[0].rstrip(".;")
 
 
 def unusable_data(data: Any, error: BaseException) -> ConfigError:
     """Return the error to raise for a data set that Ultralytics cannot use."""
-    return ConfigError(f"data={data}: {first_line(error)}; give the path of a data set's YAML file")
+    if _is_missing(error) and not Path(str(data)).exists():
+        return ConfigError(f"data={data}: no such file; give the path of a data set's YAML file")
+    reason = " ".join(line.removeprefix(str(data)).strip() for line in _plain_lines(error)).rstrip(".;")
+    if Path(str(data)).is_dir():
+        return ConfigError(f"data={data}: {reason}; give the path of a data set's YAML file")
+    return ConfigError(f"data={data}: {reason}; correct the data set, see https://docs.ultralytics.com/datasets")
+
+
+def unusable_model(argument: str, error: BaseException, remedy: str) -> ConfigError:
+    """Return the error to raise for a model that cannot be loaded.
+
+    Args:
+        argument: What the user named it by (`teacher=yolov8l.pt`): Ultralytics tells of names that it makes of it.
+        error: What was raised.
+        remedy: What to do.
+    """
+    named = Path(argument.partition("=")[2])
+    reason = "is a folder" if named.is_dir() else "no such file" if _is_missing(error) else first_line(error)
+    return ConfigError(f"{argument}: {reason}; {remedy}")
+
+
+def _is_missing(error: BaseException) -> bool:
+    return isinstance(error, FileNotFoundError)
+
+
+def _plain_lines(error: BaseException) -> list[str]:
+    """Return the lines of a message without colours, pictures, addresses and the name of the split before it."""
+    mark = getattr(error, "problem_mark", None) or getattr(error.__cause__, "problem_mark", None)
+    if mark:
+        problem = getattr(error, "problem", None) or getattr(error.__cause__, "problem", None)
+        return [f"line {mark.line + 1} is not YAML: {problem}"]
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
+    text = re.sub(r"[\u2190-\u2bff\ufe0f\U0001f000-\U0001faff]", "", text)
+    text = re.sub(r"(?:See|Verify|Request|Install|Supported)[^.\n]*https?://\S+[^\n]*", "", text)
+    text = re.sub(r"^(train|val|test): ", "", text)
+    return [" ".join(line.replace(" .", ".").split()) for line in text.splitlines() if line.strip()]
 
 
 class Option(NamedTuple):

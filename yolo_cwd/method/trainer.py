@@ -25,12 +25,13 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_cwd import digits
-from yolo_cwd.config import WEIGHT_COLUMN, ConfigError, first_line, unusable_data
+from yolo_cwd.config import WEIGHT_COLUMN, ConfigError, unusable_data
 from yolo_cwd.method.fpn import Level, build_adapters, match_levels, pyramid_taps
 from yolo_cwd.method.loss import CLASS_MAPS, CWDLoss
 from yolo_cwd.method.prepare import choose_precision, measure, prepare
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.run import distributed, request
+from yolo_cwd.run.refusal import unusable_student
 from yolo_cwd.run.resumable import ResumableTrainer
 
 UNTAUGHT_BATCHES = 3  # after as many, a training that is not taught stops
@@ -115,8 +116,7 @@ class DistillingTrainer(ResumableTrainer):
             with distributed.first_here_first():
                 checkpoint = super().setup_model()
         except Exception as error:
-            reason = f"student={self.args.model}: {first_line(error)}"
-            raise ConfigError(f"{reason}; give an existing .pt checkpoint or .yaml model of a detector") from error
+            raise unusable_student(vars(self.args), error) from error
         student = pyramid_taps(self.model, f"student={self.args.model}")
         self.levels = match_levels(student, self.teacher.taps, self.cwd.levels)
         self.level_weights = self.cwd.weights_of([level.name for level in self.levels])

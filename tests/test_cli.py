@@ -1,6 +1,8 @@
 """The command, as users type it."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,10 @@ from conftest import STUDENT, TEACHER
 from processes import Started
 
 from yolo_cwd import __version__
-from yolo_cwd.cli import main, parse
+from yolo_cwd.cli import command_of, main, parse
 from yolo_cwd.config import OPTIONS, ConfigError
+from yolo_cwd.run.request import read
+from yolo_cwd.study.compare import OWN_ARGUMENTS
 
 
 def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -74,6 +78,116 @@ def test_parse_reads_what_yolo_reads(tmp_path: Path) -> None:
         "cos_lr": True,
         "normalize": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("file", "typed", "expected"),
+    [
+        pytest.param({"student": "a.pt"}, ["model=b.pt"], {"model": "b.pt"}, id="model over student"),
+        pytest.param({"model": "a.pt"}, ["student=b.pt"], {"student": "b.pt"}, id="student over model"),
+        pytest.param({"student": "a.pt"}, ["tau=2"], {"student": "a.pt", "tau": 2}, id="neither"),
+        pytest.param(
+            {"hide_labels": True, "student": "a.pt"},
+            ["show_labels=True"],
+            {"show_labels": True, "student": "a.pt"},
+            id="an older name",
+        ),
+    ],
+)
+def test_what_is_typed_wins_over_the_file(
+    file: dict[str, object], typed: list[str], expected: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(file))
+    assert parse([f"cfg={tmp_path / 'my.yaml'}", *typed]) == expected
+    asked = read(str(tmp_path / "my.yaml"), {"teacher": "t.pt", "data": "d.yaml", **parse(typed)})
+    assert asked.args.model == ("b.pt" if "b.pt" in typed[0] else file.get("student"))
+
+
+def test_numbers_in_a_file_are_those_of_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("cwd: 1e2\ntau: 2.5E-1\nlr0: -1e+3\nname: '1e2'\nproject: e2\nepochs: 12\n")
+    expected = {"cwd": 100.0, "tau": 0.25, "lr0": -1000.0, "name": "1e2", "project": "e2", "epochs": 12}
+    assert parse([f"cfg={tmp_path / 'my.yaml'}"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: 1\nb: [1\nc: 2\n", "cannot be read (line 3 is not YAML: "),
+        ("hello", "cannot be read (holds no mapping of names to values); give the path of a YAML file of arguments"),
+        (None, "cannot be read (no such file); give"),
+    ],
+)
+def test_files_of_arguments_that_cannot_be_read(content: str | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    if content:
+        file.write_text(content)
+    for begin in (lambda: parse([f"cfg={file}"]), lambda: read(str(file), {"teacher": "t.pt"})):
+        with pytest.raises(ConfigError, match=re.escape(f"cfg={file}: {message}")):
+            begin()
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("train detect a=b", ("train", ["task=detect", "a=b"])),
+        ("detect train a=b", ("train", ["task=detect", "a=b"])),
+        ("a=b train", ("train", ["a=b"])),
+        ("segment a=b train resume", ("train", ["task=segment", "a=b", "resume"])),
+        ("compare semantic", ("compare", ["task=semantic"])),
+        ("mode=train a=b", ("train", ["a=b"])),
+        ("train name = check", ("train", ["name", "=", "check"])),
+        ("train --epochs=3", ("train", ["epochs=3"])),
+        ("-h", ("help", [])),
+        ("train -h", ("help", ["train"])),
+        ("compare a=b --help", ("help", ["compare"])),
+        ("check help", ("help", ["check"])),
+        ("help compare", ("help", ["compare"])),
+        ("-v", ("version", [])),
+        ("--version", ("version", [])),
+    ],
+)
+def test_words_stand_in_any_order(typed: str, expected: tuple[str, list[str]]) -> None:
+    commands = ["train", "check", "compare", "demo", "settings", "help", "version"]
+    assert command_of(typed.split(), commands) == expected
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("teacher=t.pt data=d.yaml", "teacher=t.pt: no command; give one of train, check"),
+        ("val model=best.pt", "val: a command of Ultralytics; use 'yolo val'"),
+        ("detect predict", "predict: a command of Ultralytics; use 'yolo predict'"),
+        ("detect tarin", "tarin: unknown command; give one of"),
+        ("train mode=val", "mode=val: 'yolo_cwd train' trains; use 'yolo val'"),
+        ("train segment", "task=segment: "),
+    ],
+)
+def test_words_that_name_something_else(typed: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*typed.split(), "teacher=yolov8s.yaml", "student=yolov8n.yaml", "data=absent.yaml"]) == 2
+    assert capsys.readouterr().err.startswith(f"yolo_cwd: {message}")
+
+
+@pytest.mark.parametrize("command", ["train", "check", "compare"])
+def test_every_command_lists_its_own_arguments(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for typed in (["help", command], [command, "--help"], [command, "teacher=t.pt", "-h"]):
+        assert main(typed) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0].startswith(f"yolo_cwd {command} teacher=MODEL student=MODEL")
+    assert len(set(shown)) == 1
+    own = {"check": {"format"}, "compare": OWN_ARGUMENTS}.get(command, set())
+    assert {name for name in own if re.search(rf"^  {name}  ", shown[0], re.MULTILINE)} == own
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_an_interrupted_comparison_says_how_to_go_on(
+    number: int, code: int, word: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yolo_cwd.study.compare.run", lambda arguments: signal.raise_signal(number))
+    assert main(["compare", "teacher=t.pt"]) == code
+    assert capsys.readouterr().err == f"yolo_cwd: {word}; the same command again goes on where it stopped\n"
 
 
 SHORT = ["imgsz=64", "batch=4", "epochs=1", "plots=False", "device=cpu"]

@@ -20,6 +20,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 ADAPTERS = ("fitted", "conv", "identity")
 BALANCED, AUTO = "balanced", "auto"  # values of cwd and of class_share beside numbers
 WEIGHT_COLUMN = "train/cwd_weight"  # of results.csv: the overall weight
+SYNONYMS = {"student", "model"}
 TEACHER_DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -73,6 +74,50 @@ def _plain_lines(error: BaseException) -> list[str]:
     text = re.sub(r"(?:See|Verify|Request|Install|Supported)[^.\n]*https?://\S+[^\n]*", "", text)
     text = re.sub(r"^(train|val|test): ", "", text)
     return [" ".join(line.replace(" .", ".").split()) for line in text.splitlines() if line.strip()]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers of the command line: `1e2` is one, which YAML 1.1 takes for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file; an empty file holds an empty one.
+
+    Raises:
+        OSError: If it cannot be read.
+        yaml.YAMLError: If it is not YAML.
+        TypeError: If it holds no mapping.
+    """
+    content = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
+    if content is not None and not isinstance(content, dict):
+        raise TypeError("holds no mapping of names to values")
+    return content or {}
+
+
+def read_cfg(file: str | Path) -> dict[str, Any]:
+    """Return the arguments in a YAML file.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    try:
+        return read_yaml(file)
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        reason = "no such file" if _is_missing(error) else first_line(error)
+        raise ConfigError(
+            f"cfg={file}: cannot be read ({reason}); give the path of a YAML file of arguments"
+        ) from error
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return two layers of arguments as one; those above win, by whichever of its names one is given."""
+    hidden = SYNONYMS if any(above.get(name) for name in SYNONYMS) else set()
+    return {**{name: value for name, value in below.items() if name not in hidden}, **above}
 
 
 class Option(NamedTuple):

@@ -46,6 +46,7 @@ from yolo_cwd.config import (
     Settings,
     check_names,
     first_line,
+    read_yaml,
     split_options,
     unusable_data,
     with_suffix,
@@ -252,10 +253,9 @@ def _arms_of_words(value: Any) -> list[tuple[str, dict[str, Any]]]:
 
 def _arms_of_file(value: Any) -> list[tuple[str, dict[str, Any]]]:
     try:
-        content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-        return [(str(name), dict(options or {})) for name, options in content.items()]
-    except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"arms={value}: cannot be read; give a YAML file that maps names to options") from error
+        return [(str(name), dict(options or {})) for name, options in read_yaml(value).items()]
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"arms={value}: {first_line(error)}; give a YAML file that maps names to options") from error
 
 
 def run(words: dict[str, Any]) -> dict[str, Any]:

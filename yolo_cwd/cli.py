@@ -209,8 +209,7 @@ def train(words: list[str]) -> None:
     """Train a student under a teacher."""
     overrides = parse(words)
     from yolo_cwd.run.distributed import lost_peer
-    from yolo_cwd.run.refusal import refusal
-    from yolo_cwd.run.state import FILE
+    from yolo_cwd.run.refusal import disk_is_full, refusal, unwritable
     from yolo_cwd.trainer import CWDTrainer
 
     trainer = None
@@ -220,19 +219,30 @@ def train(words: list[str]) -> None:
     except ConfigError:
         raise
     except KeyboardInterrupt as interrupt:
-        if trainer is None or not (trainer.last.exists() and (trainer.wdir / FILE).exists()):
+        if not (resume := _resume(trainer)):
             raise
-        raise _with_remedy(interrupt, f"'yolo_cwd train resume model={trainer.last}' goes on") from None
+        raise _with_remedy(interrupt, resume) from None
     except ChildProcessError:
         raise
     except Exception as error:
+        if disk_is_full(error) and (resume := _resume(trainer)):
+            raise unwritable(error, "project", overrides.get("project"), f"make room, and {resume}") from error
         if lost_peer(error):
             ours = f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
             reason = "another one has ended or is silent; 'resume' goes on from the last epoch"
             raise ChildProcessError(f"{ours} ends, since {reason}") from error
-        if trainer is not None and trainer.criterion is not None:  # the training had begun: a fault, not bad input
+        begun = trainer is not None and trainer.criterion is not None
+        if begun and not disk_is_full(error):  # a fault, not bad input
             raise
         raise refusal(error, overrides) from error
+
+
+def _resume(trainer: Any) -> str:
+    """Return how to go on with a training; nothing if it has no complete epoch."""
+    from yolo_cwd.run.state import FILE
+
+    resumable = trainer is not None and trainer.last.exists() and (trainer.wdir / FILE).exists()
+    return f"'yolo_cwd train resume model={trainer.last}' goes on" if resumable else ""
 
 
 def _with_remedy(interrupt: KeyboardInterrupt, remedy: str) -> KeyboardInterrupt:
@@ -250,12 +260,18 @@ def check(words: list[str]) -> None:
 def compare(words: list[str]) -> None:
     """Train the arms of a comparison and summarize them."""
     arguments = parse(words)
+    from yolo_cwd.run.refusal import disk_is_full, unwritable
     from yolo_cwd.study.compare import run
 
+    remedy = "the same command again goes on where it stopped"
     try:
         run(arguments)
     except KeyboardInterrupt as interrupt:
-        raise _with_remedy(interrupt, "the same command again goes on where it stopped") from None
+        raise _with_remedy(interrupt, remedy) from None
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        raise unwritable(error, "folder", arguments.get("folder"), f"make room, and {remedy}") from error
 
 
 def parse(words: list[str]) -> dict[str, Any]:

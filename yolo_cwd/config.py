@@ -37,7 +37,7 @@ def unusable_data(data: Any, error: BaseException) -> ConfigError:
     """Return the error to raise for a data set that Ultralytics cannot use."""
     if _is_missing(error) and not Path(str(data)).exists():
         return ConfigError(f"data={data}: no such file; give the path of a data set's YAML file")
-    reason = " ".join(line.removeprefix(str(data)).strip() for line in _plain_lines(error)).rstrip(".;")
+    reason = " ".join(_plain_lines(error)).replace(f"Dataset '{data}' ", "").removeprefix(str(data)).strip(" .;")
     if Path(str(data)).is_dir():
         return ConfigError(f"data={data}: {reason}; give the path of a data set's YAML file")
     return ConfigError(f"data={data}: {reason}; correct the data set, see https://docs.ultralytics.com/datasets")
@@ -62,15 +62,17 @@ def _is_missing(error: BaseException) -> bool:
 
 def _plain_lines(error: BaseException) -> list[str]:
     """Return the lines of a message without colours, pictures, addresses and the name of the split before it."""
-    mark = getattr(error, "problem_mark", None) or getattr(error.__cause__, "problem_mark", None)
-    if mark:
-        problem = getattr(error, "problem", None) or getattr(error.__cause__, "problem", None)
-        return [f"line {mark.line + 1} is not YAML: {problem}"]
+    cause: BaseException | None = error
+    while cause is not None:
+        if mark := getattr(cause, "problem_mark", None):
+            return [f"line {mark.line + 1} is not YAML: {getattr(cause, 'problem', None) or 'it cannot be read'}"]
+        cause = cause.__cause__ or cause.__context__
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
     text = re.sub(r"[\u2190-\u2bff\ufe0f\U0001f000-\U0001faff]", "", text)
+    text = re.sub(r"Note dataset download directory[^\n]*", "", text)
     text = re.sub(r"(?:See|Verify|Request|Install|Supported)[^.\n]*https?://\S+[^\n]*", "", text)
     text = re.sub(r"^(train|val|test): ", "", text)
     return [" ".join(line.replace(" .", ".").split()) for line in text.splitlines() if line.strip()]

@@ -13,7 +13,8 @@ from yolo_cwd.config import ConfigError, first_line, unusable_data, unusable_mod
 
 PLACES = {"get_dataset": "data", "get_dataloader": "data", "setup_model": "model"}  # functions by what they work on
 OPTIMIZERS = "auto, SGD, MuSGD, Adam, Adamax, AdamW, NAdam, RAdam, RMSProp"
-UNWRITABLE = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # what ends any training, begun or not
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
 def refusal(error: BaseException, arguments: Mapping[str, Any]) -> ConfigError:
@@ -23,10 +24,11 @@ def refusal(error: BaseException, arguments: Mapping[str, Any]) -> ConfigError:
         error: What was raised.
         arguments: The arguments of the training, as they were given.
     """
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        return unwritable(error, "project", arguments.get("project"))
     called = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
     about = next((PLACES[name] for name in called if name in PLACES), None)
+    number = error.errno if isinstance(error, OSError) else None
+    if number and (number in FULL or "claim" in called or (number in NO_ACCESS and not about)):
+        return unwritable(error, "project", arguments.get("project"))
     if about == "data":
         return unusable_data(arguments.get("data"), error.__cause__ or error)
     if about == "model":
@@ -47,14 +49,22 @@ def unusable_student(arguments: Mapping[str, Any], error: BaseException) -> Conf
     return unusable_model(f"student={student}", error, "give an existing .pt checkpoint or .yaml model of a detector")
 
 
-def unwritable(error: OSError, argument: str, place: Any) -> ConfigError:
+def disk_is_full(error: BaseException) -> bool:
+    """Return whether nothing can be written any more."""
+    return isinstance(error, OSError) and error.errno in FULL
+
+
+def unwritable(error: Any, argument: str, place: Any, remedy: str = "") -> ConfigError:
     """Return the error to raise where a file cannot be written.
 
     Args:
-        error: What was raised.
+        error: The `OSError` that was raised.
         argument: The argument that says where files go.
         place: Its value, if it was given.
+        remedy: What to do; by default to choose another place.
     """
     where = f"{argument}={place}" if place else argument
     reason = f"cannot write {error.filename or 'a file'} ({error.strerror})"
-    return ConfigError(f"{where}: {reason}; give a folder on a disk that has room and that you may write to")
+    return ConfigError(
+        f"{where}: {reason}; {remedy or 'give a folder on a disk that has room and that you may write to'}"
+    )

@@ -177,6 +177,19 @@ def test_scores_of_both(tmp_path: Path, pair: dict[str, str], data: str) -> None
     assert found["verdict"].startswith("no: ")
 
 
+def test_a_score_is_that_of_val_with_the_arguments_of_the_training(
+    tmp_path: Path, pair: dict[str, str], data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = []
+    val = YOLO.val
+    monkeypatch.setattr(YOLO, "val", lambda yolo, **given: (scored.append(given), val(yolo, **given))[1])
+    own = {"classes": [1], "conf": 0.002, "max_det": 5, "agnostic_nms": True}
+    examine({**WORDS, "teacher": pair["teacher"], "model": STUDENT, "data": data, **own}, tmp_path)
+    (given,) = scored
+    assert {name: given[name] for name in own} == own
+    assert not given.keys() & {"rect", "save_dir"}  # of another meaning in training
+
+
 def test_other_classes_are_no_score(tmp_path: Path, pair: dict[str, str], data: str) -> None:
     found = examine({**WORDS, "teacher": "yolov8n.yaml", "data": data}, tmp_path)
     assert not found["same_classes"]

@@ -1,6 +1,10 @@
 """The command, as users type it."""
 
+import errno
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +16,11 @@ from conftest import STUDENT, TEACHER
 from processes import Started
 
 from yolo_cwd import __version__
-from yolo_cwd.cli import main, parse
+from yolo_cwd.cli import command_of, main, parse
 from yolo_cwd.config import OPTIONS, ConfigError
+from yolo_cwd.run.request import read
+from yolo_cwd.run.resumable import ResumableTrainer
+from yolo_cwd.study.compare import OWN_ARGUMENTS
 
 
 def run(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -76,6 +83,116 @@ def test_parse_reads_what_yolo_reads(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("file", "typed", "expected"),
+    [
+        pytest.param({"student": "a.pt"}, ["model=b.pt"], {"model": "b.pt"}, id="model over student"),
+        pytest.param({"model": "a.pt"}, ["student=b.pt"], {"student": "b.pt"}, id="student over model"),
+        pytest.param({"student": "a.pt"}, ["tau=2"], {"student": "a.pt", "tau": 2}, id="neither"),
+        pytest.param(
+            {"hide_labels": True, "student": "a.pt"},
+            ["show_labels=True"],
+            {"show_labels": True, "student": "a.pt"},
+            id="an older name",
+        ),
+    ],
+)
+def test_what_is_typed_wins_over_the_file(
+    file: dict[str, object], typed: list[str], expected: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(file))
+    assert parse([f"cfg={tmp_path / 'my.yaml'}", *typed]) == expected
+    asked = read(str(tmp_path / "my.yaml"), {"teacher": "t.pt", "data": "d.yaml", **parse(typed)})
+    assert asked.args.model == ("b.pt" if "b.pt" in typed[0] else file.get("student"))
+
+
+def test_numbers_in_a_file_are_those_of_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("cwd: 1e2\ntau: 2.5E-1\nlr0: -1e+3\nname: '1e2'\nproject: e2\nepochs: 12\n")
+    expected = {"cwd": 100.0, "tau": 0.25, "lr0": -1000.0, "name": "1e2", "project": "e2", "epochs": 12}
+    assert parse([f"cfg={tmp_path / 'my.yaml'}"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: 1\nb: [1\nc: 2\n", "cannot be read (line 3 is not YAML: "),
+        ("hello", "cannot be read (holds no mapping of names to values); give the path of a YAML file of arguments"),
+        (None, "cannot be read (no such file); give"),
+    ],
+)
+def test_files_of_arguments_that_cannot_be_read(content: str | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    if content:
+        file.write_text(content)
+    for begin in (lambda: parse([f"cfg={file}"]), lambda: read(str(file), {"teacher": "t.pt"})):
+        with pytest.raises(ConfigError, match=re.escape(f"cfg={file}: {message}")):
+            begin()
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("train detect a=b", ("train", ["task=detect", "a=b"])),
+        ("detect train a=b", ("train", ["task=detect", "a=b"])),
+        ("a=b train", ("train", ["a=b"])),
+        ("segment a=b train resume", ("train", ["task=segment", "a=b", "resume"])),
+        ("compare semantic", ("compare", ["task=semantic"])),
+        ("mode=train a=b", ("train", ["a=b"])),
+        ("train name = check", ("train", ["name", "=", "check"])),
+        ("train --epochs=3", ("train", ["epochs=3"])),
+        ("-h", ("help", [])),
+        ("train -h", ("help", ["train"])),
+        ("compare a=b --help", ("help", ["compare"])),
+        ("check help", ("help", ["check"])),
+        ("help compare", ("help", ["compare"])),
+        ("-v", ("version", [])),
+        ("--version", ("version", [])),
+    ],
+)
+def test_words_stand_in_any_order(typed: str, expected: tuple[str, list[str]]) -> None:
+    commands = ["train", "check", "compare", "demo", "settings", "help", "version"]
+    assert command_of(typed.split(), commands) == expected
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("teacher=t.pt data=d.yaml", "teacher=t.pt: no command; give one of train, check"),
+        ("val model=best.pt", "val: a command of Ultralytics; use 'yolo val'"),
+        ("detect predict", "predict: a command of Ultralytics; use 'yolo predict'"),
+        ("detect tarin", "tarin: unknown command; give one of"),
+        ("train mode=val", "mode=val: 'yolo_cwd train' trains; use 'yolo val'"),
+        ("train segment", "task=segment: "),
+    ],
+)
+def test_words_that_name_something_else(typed: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*typed.split(), "teacher=yolov8s.yaml", "student=yolov8n.yaml", "data=absent.yaml"]) == 2
+    assert capsys.readouterr().err.startswith(f"yolo_cwd: {message}")
+
+
+@pytest.mark.parametrize("command", ["train", "check", "compare"])
+def test_every_command_lists_its_own_arguments(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for typed in (["help", command], [command, "--help"], [command, "teacher=t.pt", "-h"]):
+        assert main(typed) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0].startswith(f"yolo_cwd {command} teacher=MODEL student=MODEL")
+    assert len(set(shown)) == 1
+    own = {"check": {"format"}, "compare": OWN_ARGUMENTS}.get(command, set())
+    assert {name for name in own if re.search(rf"^  {name}  ", shown[0], re.MULTILINE)} == own
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_an_interrupted_comparison_says_how_to_go_on(
+    number: int, code: int, word: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yolo_cwd.study.compare.run", lambda arguments: signal.raise_signal(number))
+    assert main(["compare", "teacher=t.pt"]) == code
+    assert capsys.readouterr().err == f"yolo_cwd: {word}; the same command again goes on where it stopped\n"
+
+
 SHORT = ["imgsz=64", "batch=4", "epochs=1", "plots=False", "device=cpu"]
 
 
@@ -100,15 +217,17 @@ BAD_INPUT = {
     "no value": (["tau="], "tau=: has no value"),
     "no key": (["fast"], "fast: not of the form key=value"),
     "missing teacher": (["teacher=None"], "teacher: missing"),
-    "absent teacher": (["teacher=absent.pt"], "teacher=absent.pt: "),
-    "absent teacher by name": (["teacher=absent"], "teacher=absent.pt: "),
+    "absent teacher": (["teacher=absent.pt"], "teacher=absent.pt: no such file"),
+    "absent teacher by name": (["teacher=absent"], "teacher=absent.pt: no such file"),
+    "absent teacher of a size that is none": (["teacher=yolov8nn.yaml"], "teacher=yolov8nn.yaml: no such file"),
     "teacher that segments": (["teacher={checkpoints}/segment.pt"], "its head is Segment"),
     "teacher that classifies": (["teacher={checkpoints}/classify.pt"], "its head is Classify"),
     "truncated teacher": (["teacher={folder}/truncated.pt"], "truncated.pt: "),
     "teacher of another format": (["teacher={folder}/teacher.onnx"], "the suffix .onnx is none of .pt, .yaml"),
     "missing student": (["student=None"], "student=None: missing"),
     "absent student": (["student=absent.pt"], "student=absent.pt: "),
-    "absent student file": (["student=absent.yaml"], "student=absent.yaml: "),
+    "absent student file": (["student=absent.yaml"], "student=absent.yaml: no such file"),
+    "absent student of a size that is none": (["student=yolov8nn.yaml"], "student=yolov8nn.yaml: no such file"),
     "student that segments": (["student={checkpoints}/segment.pt"], "its head is Segment"),
     "two students": (["model=yolov8s.yaml"], "model=yolov8s.yaml names another one"),
     "no common stride": (["student={folder}/p2.yaml"], "levels=all: the student has P2 and the teacher P3, P4, P5"),
@@ -123,13 +242,29 @@ BAD_INPUT = {
     "wrong type": (["tau=warm"], "tau=warm: must be a number above 0"),
     "wrong type of an Ultralytics argument": (["epochs=many"], "epochs=many"),
     "value out of an Ultralytics range": (["mosaic=2"], "mosaic=2"),
-    "unknown optimizer": (["optimizer=Magic"], "Magic"),
+    "unknown optimizer": (["optimizer=Magic"], "optimizer=Magic: there is none of this name; give one of auto, SGD, "),
     "schedule": (["schedule=cosin"], "schedule=cosin: must be one of constant, linear, cosine"),
     "adapter": (["adapter=mlp"], "adapter=mlp: must be one of fitted, conv, identity"),
     "identity adapter": (["adapter=identity"], "P3 has 64 channels in the student and 128 in the teacher"),
     "missing data": (["data=None"], "data=None: missing"),
     "absent data": (["data=absent.yaml"], "data=absent.yaml: "),
-    "data without images": (["data={folder}/hollow.yaml"], "hollow.yaml: "),
+    "data without images": (["data={folder}/hollow.yaml"], "hollow.yaml: images not found, missing path "),
+    "data without training images": (
+        ["data={folder}/no-images.yaml"],
+        "images/absent does not exist; correct the data set",
+    ),
+    "data without classes": (
+        ["data={folder}/nameless.yaml"],
+        "nameless.yaml: key missing. either 'names' or 'nc' are required in all data YAMLs; correct the data set",
+    ),
+    "data that are no YAML": (["data={folder}/broken.yaml"], "broken.yaml: line 2 is not YAML: "),
+    "data without labels": (["data={folder}/unlabelled/data.yaml"], "data.yaml: No labels found in "),
+    "data in a folder without a file": (
+        ["data={folder}/unlabelled/images"],
+        "; give the path of a data set's YAML file",
+    ),
+    "absent pretrained weights": (["pretrained=absent.pt"], "pretrained=absent.pt: no such file"),
+    "a place that cannot be": (["project={folder}/teacher.onnx"], "project={folder}/teacher.onnx: cannot write "),
     "grayscale data": (["data={folder}/gray.yaml"], "takes images of 3 channels"),
     "absent cfg": (["cfg=absent.yaml"], "cfg=absent.yaml: cannot be read"),
     "other task": (["task=segment"], "task=segment: only task=detect"),
@@ -156,6 +291,16 @@ def folder(tmp_path: Path, data: str, checkpoints: Path) -> Path:
     (tmp_path / "hollow.yaml").write_text(yaml.safe_dump({"path": "nowhere", "train": "t", "val": "v", "names": ["a"]}))
     description = yaml.safe_load(Path(data).read_text())
     (tmp_path / "gray.yaml").write_text(yaml.safe_dump({**description, "channels": 1}))
+    (tmp_path / "no-images.yaml").write_text(yaml.safe_dump({**description, "train": "images/absent"}))
+    (tmp_path / "nameless.yaml").write_text(yaml.safe_dump({k: v for k, v in description.items() if k != "names"}))
+    (tmp_path / "broken.yaml").write_text("path: [here\ntrain: images\n")
+    shutil.copytree(Path(data).parent / "images", tmp_path / "unlabelled" / "images")
+    (tmp_path / "unlabelled" / "labels").mkdir()
+    for split in ("train", "val"):  # Ultralytics keeps what it has found beside them
+        (tmp_path / "unlabelled" / "labels" / f"{split}.cache").touch()
+    (tmp_path / "unlabelled" / "data.yaml").write_text(
+        yaml.safe_dump({**description, "path": str(tmp_path / "unlabelled")})
+    )
     return tmp_path
 
 
@@ -174,11 +319,48 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     changed = [w.format(folder=folder, checkpoints=checkpoints) for w in words]
     kept = [f"{k}={v}" for k, v in given.items() if k not in {w.split("=")[0] for w in changed}]
     before = sorted(folder.rglob("*"))
-    assert main(["train", *kept, *changed, f"project={folder}/runs/here"]) == 2
+    assert main(["train", *kept, f"project={folder}/runs/here", *changed]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("yolo_cwd: ")]
     assert len(lines) == 1
-    assert expected in lines[0]
+    assert expected.format(folder=folder) in lines[0]
+    assert not re.search(r"\x1b|❌|Errno", lines[0])
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_full_disk_is_one_line(
+    number: int, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model = ResumableTrainer.save_model
+
+    def full(trainer: ResumableTrainer) -> None:
+        if trainer.epoch:
+            raise OSError(number, os.strerror(number), str(trainer.last))
+        save_model(trainer)
+
+    monkeypatch.setattr(ResumableTrainer, "save_model", full)
+    given = [f"teacher={TEACHER}", f"student={STUDENT}", f"data={data}", *SHORT, "epochs=2", f"project={tmp_path}"]
+    assert main(["train", *given]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("yolo_cwd: ")]
+    last = tmp_path / "train" / "weights" / "last.pt"
+    assert line.startswith(
+        f"yolo_cwd: project={tmp_path}: cannot write {last} ({os.strerror(number)}); make room, and "
+    )
+    assert line.endswith(f"'yolo_cwd train resume model={last}' goes on")
+
+
+def test_a_full_disk_in_a_comparison_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(arguments: dict[str, object]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "c/results/plain-0.json")
+
+    monkeypatch.setattr("yolo_cwd.study.compare.run", full)
+    assert main(["compare", "teacher=t.pt", "folder=c"]) == 2
+    written = (
+        "yolo_cwd: folder=c: cannot write c/results/plain-0.json (No space left on device); make room, and the same "
+    )
+    assert capsys.readouterr().err == f"{written}command again goes on where it stopped\n"
 
 
 def test_bad_input_from_the_shell(tmp_path: Path) -> None:

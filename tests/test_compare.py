@@ -1,6 +1,7 @@
 """Comparisons: what is asked for, how runs are shared out, and the statistics of the summary."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import DetectionModel
 
+from yolo_cwd.cli import main
 from yolo_cwd.config import ConfigError
 from yolo_cwd.study import compare
 from yolo_cwd.study.compare import Comparison, parse_arms, parse_seeds
@@ -374,7 +376,96 @@ def test_a_teacher_of_the_same_classes_is_scored(words: dict[str, Any], monkeypa
     assert summary["teacher"].keys() == {"map50_95", "map50", "classes"}
 
 
-def test_absent_data_leaves_no_folder(words: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"^data=absent.yaml: "):
-        compare.run({**words, "data": "absent.yaml"})
-    assert not Path(words["folder"]).exists()
+def test_a_score_is_that_of_val_with_the_arguments_of_the_run(
+    words: dict[str, Any], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[dict[str, Any]] = []
+    val = YOLO.val
+    monkeypatch.setattr(YOLO, "val", lambda yolo, **given: (scored.append(given), val(yolo, **given))[1])
+    own = {"one": {"method": "plain", "classes": [1], "imgsz": 96}, "two": {"method": "plain", "max_det": 5}}
+    (tmp_path / "arms.yaml").write_text(yaml.safe_dump(own))
+    shared = {"classes": [3, 4], "conf": 0.002, "iou": 0.6, "agnostic_nms": True, "lr0": 0.02, "tau": 2.0}
+    compare.run({**words, **shared, "arms": str(tmp_path / "arms.yaml"), "seeds": 1})
+    found = {f.stem: json.loads(f.read_text()) for f in (Path(words["folder"]) / "results").glob("*.json")}
+    assert found["one-0"]["classes"].keys() == {"1"}
+    assert found["two-0"]["classes"].keys() == {"3", "4"}
+    for run, given in zip(("one", "two"), scored[-2:], strict=True):
+        asked = {**SHORT, **shared, **own[run], "data": data}
+        asked = {name: value for name, value in asked.items() if name not in {"method", "tau", *compare.SILENT}}
+        assert {name: given.get(name) for name in asked} == asked
+        theirs = val(YOLO(found[f"{run}-0"]["weights"]), **asked, plots=False, project=str(tmp_path / "val"))
+        assert theirs.box.map == found[f"{run}-0"]["map50_95"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "absent.yaml"}, "data=absent.yaml: no such file"),
+        ({"data": "{unlabelled}"}, "No labels found"),
+        ({"split": "test"}, "'test:' images not found"),
+        ({"teacher": "absent.pt"}, "teacher=absent.pt: no such file"),
+        ({"student": "yolov8nn.yaml"}, "student=yolov8nn.yaml: no such file; give an existing"),
+        ({"pretrained": "absent.pt"}, "pretrained=absent.pt: no such file; give an existing"),
+        ({"optimizer": "foo"}, "optimizer=foo: there is none of this name; give one of auto, SGD, "),
+        ({"device": "7"}, "Invalid CUDA 'device=7' requested. Use 'device=cpu'"),
+        ({"freeze": 100}, "'freeze=100' froze the entire model"),
+        ({"arms": "plain,cwd:levels=P2"}, "levels=P2: the student has P3, P4, P5"),
+        ({"arms": "plain,cwd:adapter=identity", "student": "yolov8n.yaml"}, "adapter=identity: P3 has 64 channels"),
+        ({"arms": "plain,cwd", "level_weights": (1, 2)}, "2 weights for the 3 distilled levels P3, P4, P5"),
+        ({"arms": "plain,cwd:optimizer=foo"}, "optimizer=foo: "),
+        ({"folder": "/proc/comparison"}, "folder=/proc/comparison: cannot write "),
+    ],
+    ids=lambda x: ",".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_run(
+    change: dict[str, Any],
+    message: str,
+    words: dict[str, Any],
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def train_arm(*_: Any) -> None:
+        raise AssertionError("a run has begun")
+
+    (unlabelled := tmp_path / "unlabelled").mkdir()
+    shutil.copytree(Path(data).parent / "images", unlabelled / "images")
+    description = yaml.safe_load(Path(data).read_text())
+    (unlabelled / "data.yaml").write_text(yaml.safe_dump({**description, "path": str(unlabelled)}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "train_arm", train_arm)
+    unlabelled_file = str(unlabelled / "data.yaml")
+    asked = {"arms": "plain", **words, **change}
+    asked = {k: unlabelled_file if v == "{unlabelled}" else v for k, v in asked.items()}
+    typed = [f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in asked.items()]
+    before = {f for f in tmp_path.rglob("*") if unlabelled not in f.parents}
+    assert main(["compare", *typed]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("yolo_cwd: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert {f for f in tmp_path.rglob("*") if unlabelled not in f.parents} == before
+
+
+def test_only_arms_with_runs_to_do_are_set_up(words: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    set_up = compare.set_up
+    monkeypatch.setattr(compare, "set_up", lambda *given: (tried.append(given[1]["name"]), set_up(*given)))
+    monkeypatch.setattr(compare, "train_arm", lambda comparison, arm, seed: result(arm.name, seed, 0.1))
+    compare.run({**words, "arms": "plain,builtin"})
+    compare.run({**words, "arms": "plain,builtin,cwd"})
+    assert tried == ["plain-0", "builtin-0", "cwd-0"]
+    assert not list((Path(words["folder"]) / "runs").iterdir())
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_teacher_of_one_class_is_scored_on_data_of_one_class(
+    words: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = YOLO(STUDENT)
+    teacher.model.names = {0: "item"}
+    teacher.save(tmp_path / "one.pt")
+    monkeypatch.setattr(compare, "train_arm", lambda comparison, arm, seed: result(arm.name, seed, 0.1))
+    words |= {"teacher": str(tmp_path / "one.pt"), "single_cls": True, "arms": "plain"}
+    assert compare.run(words)["teacher"]["classes"].keys() == {"item"}
+    assert compare.run({**words, "single_cls": False, "folder": words["folder"] + "2"})["teacher"] is None

@@ -8,11 +8,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from yolo_cwd import __version__
-from yolo_cwd.config import OPTIONS, ConfigError, first_line
+from yolo_cwd.config import OPTIONS, ConfigError, first_line, merge, read_cfg
 
 HELP = """\
 yolo_cwd: a small YOLO detector learns from a larger one while it trains (channel-wise distillation)
@@ -27,7 +27,7 @@ yolo_cwd: a small YOLO detector learns from a larger one while it trains (channe
                        did it help, and by how much beyond luck?
   yolo_cwd demo        teacher, plain and distilled student on handwritten digits, in minutes on a CPU
   yolo_cwd settings    the options of distillation, their defaults and meaning
-  yolo_cwd help train  more about training
+  yolo_cwd help train  more about training; so do 'help check' and 'help compare'
   yolo_cwd version     the version
 
 The trained student is a plain Ultralytics model: go on with 'yolo val', 'yolo predict' and 'yolo export'."""
@@ -48,6 +48,43 @@ Examples:
 Results go to runs/detect/train*: weights/best.pt is the student, results.csv has a column for each distilled level."""
 
 
+HELP_CHECK = """\
+yolo_cwd check teacher=MODEL student=MODEL [data=DATA] [format=FORMAT] [option=value ...] [argument=value ...]
+
+  MODEL, DATA, option, argument
+            as in 'yolo_cwd train', whose training is set up; without data the steps are taken on the embedded digits
+  format    table (default), or json: the findings alone on stdout, for machines
+
+It prints what is distilled, what a step and its memory cost beside a plain one, the mAP50-95 of teacher and student
+where they know the classes of the data, and a verdict. It leaves nothing behind.
+
+Examples:
+  yolo_cwd check teacher=best.pt student=yolov8n.pt data=my.yaml imgsz=640 batch=16
+  yolo_cwd check teacher=yolov8l student=yolov8n format=json"""
+
+HELP_COMPARE = """\
+yolo_cwd compare teacher=MODEL student=MODEL data=DATA [arms=ARMS] [seeds=SEEDS] [split=SPLIT] [folder=FOLDER] [...]
+
+  MODEL, DATA
+            as in 'yolo_cwd train'; so are all other arguments and options: they hold for every arm
+  arms      what is compared (default plain,cwd,builtin): plain is Ultralytics alone, cwd is distilled, builtin is
+            Ultralytics' distill_model; an arm may have options of its own (plain,cwd:tau=2,cwd=20), or come from a YAML
+            file that maps names to option sets with method, teacher, student and against
+  seeds     a number of seeds (default 3), or the seeds themselves: seeds=5,6,7
+  split     the images that the finished models are scored on: val (default), test or train
+  folder    where everything goes (default runs/detect/compare)
+
+The same command again goes on where it stopped; other arms and seeds are added to what is there.
+
+Examples:
+  yolo_cwd compare teacher=best.pt student=yolov8n.yaml data=my.yaml epochs=100 seeds=3
+  yolo_cwd compare teacher=best.pt student=yolov8n.pt data=my.yaml epochs=30 arms=plain,cwd,cwd:share=2 split=test"""
+
+HELPS = {"train": HELP_TRAIN, "check": HELP_CHECK, "compare": HELP_COMPARE}
+TASKS = ("detect", "segment", "pose", "obb", "semantic", "depth", "classify")  # as 'yolo' has them
+ELSEWHERE = ("val", "predict", "export", "track", "benchmark")  # commands of 'yolo' alone
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -58,8 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 if another process of the training is lost, 2 for input that cannot be used, 130 after an
         interrupt, 143 after SIGTERM.
     """
-    words = [word.lstrip("-") for word in (sys.argv[1:] if argv is None else argv)]
-    command, rest = (words[0], words[1:]) if words else ("help", [])
     commands = {
         "train": train,
         "check": check,
@@ -67,18 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo": demo,
         "settings": settings,
         "help": help_,
-        "h": help_,
         "version": version,
     }
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        if command == "detect" and rest[:1] == ["train"]:  # as 'yolo detect train'
-            command, rest = rest[0], rest[1:]
-        if command not in commands:
-            raise ConfigError(
-                f"{command}: unknown command; give one of train, check, compare, demo, settings, help, version"
-            )
+        command, rest = command_of(sys.argv[1:] if argv is None else argv, commands)
         commands[command](rest)
     except ConfigError as error:
         _complain(error)
@@ -115,9 +144,43 @@ def _terminate(number: int, frame: Any) -> None:
     raise Terminated("terminated")
 
 
+def command_of(typed: Sequence[str], commands: Collection[str]) -> tuple[str, list[str]]:
+    """Return the command and its arguments, which may stand in any order, as in `yolo`.
+
+    Args:
+        typed: What was typed.
+        commands: The known commands.
+
+    Raises:
+        ConfigError: If there is no command, or an unknown one.
+    """
+    words = ["train" if word == "mode=train" else word for word in (word.lstrip("-") for word in typed)]
+    alone = [i for i, word in enumerate(words) if "=" not in word and not _beside_equals(words, i)]
+    asked = [words[i] for i in alone]
+    flags = {typed[i] for i in alone}
+    named = [word for word in asked if word in commands and word not in {"help", "version"}]
+    if not words or "help" in asked or flags & {"-h", "--h"} or words[:1] == ["h"]:
+        return "help", named
+    if "version" in asked or flags & {"-v", "-V"}:
+        return "version", []
+    known = "give one of train, check, compare, demo, settings, help, version"
+    if not named:
+        if elsewhere := [word for word in asked if word in ELSEWHERE]:
+            raise ConfigError(f"{elsewhere[0]}: a command of Ultralytics; use 'yolo {elsewhere[0]}'")
+        unknown = next((word for word in asked if word not in TASKS), None)
+        raise ConfigError(f"{unknown}: unknown command; {known}" if unknown else f"{typed[0]}: no command; {known}")
+    taken = {i for i in alone if words[i] in {named[0], *TASKS}}
+    tasks = [f"task={word}" for word in asked if word in TASKS]
+    return named[0], [*tasks, *(word for i, word in enumerate(words) if i not in taken)]
+
+
+def _beside_equals(words: Sequence[str], i: int) -> bool:
+    return any(word.endswith("=") for word in words[max(i - 1, 0) : i]) or words[i + 1 : i + 2][:1] == ["="]
+
+
 def help_(words: list[str]) -> None:
-    """Print the help."""
-    print(HELP_TRAIN if words[:1] == ["train"] else HELP)
+    """Print the help, or that of a command."""
+    print(HELPS.get(words[0], HELP) if words else HELP)
 
 
 def version(words: list[str]) -> None:
@@ -146,7 +209,7 @@ def train(words: list[str]) -> None:
     """Train a student under a teacher."""
     overrides = parse(words)
     from yolo_cwd.run.distributed import lost_peer
-    from yolo_cwd.run.state import FILE
+    from yolo_cwd.run.refusal import disk_is_full, refusal, unwritable
     from yolo_cwd.trainer import CWDTrainer
 
     trainer = None
@@ -156,20 +219,34 @@ def train(words: list[str]) -> None:
     except ConfigError:
         raise
     except KeyboardInterrupt as interrupt:
-        if trainer is None or not (trainer.last.exists() and (trainer.wdir / FILE).exists()):
+        if not (resume := _resume(trainer)):
             raise
-        remedy = f"'yolo_cwd train resume model={trainer.last}' goes on"
-        raise type(interrupt)(f"{str(interrupt) or 'interrupted'}; {remedy}") from None
+        raise _with_remedy(interrupt, resume) from None
     except ChildProcessError:
         raise
     except Exception as error:
+        if disk_is_full(error) and (resume := _resume(trainer)):
+            raise unwritable(error, "project", overrides.get("project"), f"make room, and {resume}") from error
         if lost_peer(error):
             ours = f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
             reason = "another one has ended or is silent; 'resume' goes on from the last epoch"
             raise ChildProcessError(f"{ours} ends, since {reason}") from error
-        if trainer is not None and trainer.criterion is not None:  # the training had begun: a fault, not bad input
+        begun = trainer is not None and trainer.criterion is not None
+        if begun and not disk_is_full(error):  # a fault, not bad input
             raise
-        raise ConfigError(first_line(error)) from error
+        raise refusal(error, overrides) from error
+
+
+def _resume(trainer: Any) -> str:
+    """Return how to go on with a training; nothing if it has no complete epoch."""
+    from yolo_cwd.run.state import FILE
+
+    resumable = trainer is not None and trainer.last.exists() and (trainer.wdir / FILE).exists()
+    return f"'yolo_cwd train resume model={trainer.last}' goes on" if resumable else ""
+
+
+def _with_remedy(interrupt: KeyboardInterrupt, remedy: str) -> KeyboardInterrupt:
+    return type(interrupt)(f"{str(interrupt) or 'interrupted'}; {remedy}")
 
 
 def check(words: list[str]) -> None:
@@ -183,9 +260,18 @@ def check(words: list[str]) -> None:
 def compare(words: list[str]) -> None:
     """Train the arms of a comparison and summarize them."""
     arguments = parse(words)
+    from yolo_cwd.run.refusal import disk_is_full, unwritable
     from yolo_cwd.study.compare import run
 
-    run(arguments)
+    remedy = "the same command again goes on where it stopped"
+    try:
+        run(arguments)
+    except KeyboardInterrupt as interrupt:
+        raise _with_remedy(interrupt, remedy) from None
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        raise unwritable(error, "folder", arguments.get("folder"), f"make room, and {remedy}") from error
 
 
 def parse(words: list[str]) -> dict[str, Any]:
@@ -194,8 +280,7 @@ def parse(words: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: If a word is no argument, or the file cannot be read.
     """
-    from ultralytics.cfg import DEFAULT_CFG_DICT, merge_equals_args, parse_key_value_pair
-    from ultralytics.utils import YAML
+    from ultralytics.cfg import DEFAULT_CFG_DICT, _handle_deprecation, merge_equals_args, parse_key_value_pair
     from ultralytics.utils.checks import check_yaml
 
     given: dict[str, Any] = {}
@@ -215,9 +300,8 @@ def parse(words: list[str]) -> dict[str, Any]:
         else:
             raise ConfigError(f"{word}: not of the form key=value; 'yolo_cwd help train' shows examples")
     file = given.pop("cfg", None)
-    if not file:
-        return given
+    below = read_cfg(check_yaml(file, hard=False) or file) if file else {}
     try:
-        return {**YAML.load(check_yaml(file)), **given}
-    except Exception as error:
-        raise ConfigError(f"cfg={file}: cannot be read; give the path of a YAML file of arguments") from error
+        return merge(_handle_deprecation(below), _handle_deprecation(given))
+    except TypeError as error:
+        raise ConfigError(first_line(error)) from error

@@ -20,6 +20,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 ADAPTERS = ("fitted", "conv", "identity")
 BALANCED, AUTO = "balanced", "auto"  # values of cwd and of class_share beside numbers
 WEIGHT_COLUMN = "train/cwd_weight"  # of results.csv: the overall weight
+SYNONYMS = {"student", "model"}
 TEACHER_DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -28,14 +29,97 @@ class ConfigError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".;") if lines else type(error).__name__
+    """Return the first line of an error's message as plain text, or its class where it has none."""
+    return (_plain_lines(error) or [type(error).__name__])[0].rstrip(".;")
 
 
 def unusable_data(data: Any, error: BaseException) -> ConfigError:
     """Return the error to raise for a data set that Ultralytics cannot use."""
-    return ConfigError(f"data={data}: {first_line(error)}; give the path of a data set's YAML file")
+    if _is_missing(error) and not Path(str(data)).exists():
+        return ConfigError(f"data={data}: no such file; give the path of a data set's YAML file")
+    reason = " ".join(_plain_lines(error)).replace(f"Dataset '{data}' ", "").removeprefix(str(data)).strip(" .;")
+    if Path(str(data)).is_dir():
+        return ConfigError(f"data={data}: {reason}; give the path of a data set's YAML file")
+    return ConfigError(f"data={data}: {reason}; correct the data set, see https://docs.ultralytics.com/datasets")
+
+
+def unusable_model(argument: str, error: BaseException, remedy: str) -> ConfigError:
+    """Return the error to raise for a model that cannot be loaded.
+
+    Args:
+        argument: What the user named it by (`teacher=yolov8l.pt`): Ultralytics tells of names that it makes of it.
+        error: What was raised.
+        remedy: What to do.
+    """
+    named = Path(argument.partition("=")[2])
+    reason = "is a folder" if named.is_dir() else "no such file" if _is_missing(error) else first_line(error)
+    return ConfigError(f"{argument}: {reason}; {remedy}")
+
+
+def _is_missing(error: BaseException) -> bool:
+    return isinstance(error, FileNotFoundError)
+
+
+def _plain_lines(error: BaseException) -> list[str]:
+    """Return the lines of a message without colours, pictures, addresses and the name of the split before it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if mark := getattr(cause, "problem_mark", None):
+            return [f"line {mark.line + 1} is not YAML: {getattr(cause, 'problem', None) or 'it cannot be read'}"]
+        cause = cause.__cause__ or cause.__context__
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
+    text = re.sub(r"[\u2190-\u2bff\ufe0f\U0001f000-\U0001faff]", "", text)
+    text = re.sub(r"Note dataset download directory[^\n]*", "", text)
+    text = re.sub(r"(?:See|Verify|Request|Install|Supported)[^.\n]*https?://\S+[^\n]*", "", text)
+    text = re.sub(r"^(train|val|test): ", "", text)
+    return [" ".join(line.replace(" .", ".").split()) for line in text.splitlines() if line.strip()]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers of the command line: `1e2` is one, which YAML 1.1 takes for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file; an empty file holds an empty one.
+
+    Raises:
+        OSError: If it cannot be read.
+        yaml.YAMLError: If it is not YAML.
+        TypeError: If it holds no mapping.
+    """
+    content = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
+    if content is not None and not isinstance(content, dict):
+        raise TypeError("holds no mapping of names to values")
+    return content or {}
+
+
+def read_cfg(file: str | Path) -> dict[str, Any]:
+    """Return the arguments in a YAML file.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    try:
+        return read_yaml(file)
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        reason = "no such file" if _is_missing(error) else first_line(error)
+        raise ConfigError(
+            f"cfg={file}: cannot be read ({reason}); give the path of a YAML file of arguments"
+        ) from error
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return two layers of arguments as one; those above win, by whichever of its names one is given."""
+    hidden = SYNONYMS if any(above.get(name) for name in SYNONYMS) else set()
+    return {**{name: value for name, value in below.items() if name not in hidden}, **above}
 
 
 class Option(NamedTuple):

@@ -261,7 +261,8 @@ class CWDLoss:
 
         Args:
             features: The student's pyramid, one map [N, C, H, W] for each input of its head.
-            scores: The logits of its classes, [N, classes, positions of all levels] or [N, classes, H, W] of the finest.
+            scores: The logits of its classes, [N, classes, positions of all levels], or [N, classes, H, W] of the finest
+                level alone.
             lesson: What the teacher shows of the same images.
         """
         found = self.divergences(features, lesson.pyramid)

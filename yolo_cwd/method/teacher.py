@@ -23,7 +23,7 @@ from ultralytics.nn.tasks import BaseModel, load_checkpoint, yaml_model_load
 from ultralytics.utils.checks import check_model_file_from_stem
 from ultralytics.utils.torch_utils import fuse_conv_and_bn, unwrap_model
 
-from yolo_cwd.config import ConfigError, first_line
+from yolo_cwd.config import ConfigError, first_line, unusable_model
 from yolo_cwd.method.fpn import class_branches, image_channels, pyramid_taps
 from yolo_cwd.method.parallel import cores, in_parts
 
@@ -343,7 +343,7 @@ def _load(path: str, argument: str, trust: bool) -> nn.Module:
         remedy = "give an existing .pt checkpoint of a YOLO model"
         if isinstance(error, TypeError) and not trust and is_zipfile(path):  # whole, yet refused
             remedy += ", or if you trust the origin of this one, trust_teacher=True"
-        raise ConfigError(f"{argument}: {first_line(error)}; {remedy}") from error
+        raise unusable_model(argument, error, remedy) from error
     raise ConfigError(f"{argument}: the suffix {suffix} is none of .pt, .yaml; give a checkpoint or a model file")
 
 

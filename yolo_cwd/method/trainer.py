@@ -26,7 +26,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_cwd import digits
-from yolo_cwd.config import WEIGHT_COLUMN, ConfigError, first_line, unusable_data
+from yolo_cwd.config import WEIGHT_COLUMN, ConfigError, unusable_data
 from yolo_cwd.method.fpn import (
     HeadTap,
     Level,
@@ -41,6 +41,7 @@ from yolo_cwd.method.prepare import choose_precision, measure, prepare
 from yolo_cwd.method.student import as_it_is, is_reshaped
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.run import distributed, request
+from yolo_cwd.run.refusal import unusable_student
 from yolo_cwd.run.resumable import ResumableTrainer
 from yolo_cwd.tasks import task_of_trainer
 
@@ -140,10 +141,7 @@ class DistillingTrainer(ResumableTrainer):
             with distributed.first_here_first():
                 checkpoint = super().setup_model()
         except Exception as error:
-            reason = f"student={self.args.model}: {first_line(error)}"
-            raise ConfigError(
-                f"{reason}; give an existing .pt checkpoint or .yaml model for {self.task.name}"
-            ) from error
+            raise unusable_student(vars(self.args), error) from error
         student = pyramid_taps(self.model, f"student={self.args.model}")
         self.levels = match_levels(student, self.teacher.taps, self.cwd.levels)
         self.level_weights = self.cwd.weights_of([level.name for level in self.levels])

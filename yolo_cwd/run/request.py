@@ -12,7 +12,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK, colorstr
 from ultralytics.utils.files import get_latest_run
 from ultralytics.utils.torch_utils import parse_device
 
-from yolo_cwd.config import ConfigError, Settings, check_names, split_options, with_suffix
+from yolo_cwd.config import ConfigError, Settings, check_names, merge, read_cfg, split_options, with_suffix
 from yolo_cwd.run.distributed import WORLD_SIZE
 from yolo_cwd.run.state import RunState, load_state
 from yolo_cwd.tasks import Task, task_of_student
@@ -51,9 +51,10 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
     Raises:
         ConfigError: If an option or an argument cannot be used.
     """
-    cfg_options, base = split_options(cfg2dict(cfg))
+    below = read_cfg(cfg) if isinstance(cfg, str | Path) else cfg2dict(cfg)
     options, arguments = split_options(overrides)
-    options = {**cfg_options, **options}
+    base = split_options(below)[1]
+    options = split_options(merge(below, overrides))[0]
     base, arguments = _handle_deprecation(base), _handle_deprecation(arguments)
     check_names(base | arguments, DEFAULT_CFG_DICT.keys() | EXTRA_ARGUMENTS)
 
@@ -161,6 +162,7 @@ def refuse_unsupported(args: Any) -> None:
             args.data is None and not args.resume,
             "missing; give a data set, such as data=coco8.yaml or data=digits",
         ),
+        ("mode", args.mode != "train", f"'yolo_cwd train' trains; use 'yolo {args.mode}'"),
         ("distill_model", args.distill_model is not None, "is Ultralytics' own distillation; use teacher= instead"),
         ("quantize", args.quantize == 8, "training for int8 takes no teacher; quantize the student at export"),
         ("batch", args.batch < 1, "the memory estimate does not know the teacher; give a number of images, batch=16"),

@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,36 +22,24 @@ import psutil
 import torch
 import yaml
 from ultralytics import YOLO
-from ultralytics.utils import LOGGER
-from ultralytics.utils.torch_utils import autocast, get_flops, parse_device, unset_deterministic, unwrap_model
+from ultralytics.utils.torch_utils import autocast, get_flops, parse_device, unwrap_model
 
 from yolo_cwd import digits
-from yolo_cwd.config import ConfigError, first_line
+from yolo_cwd.config import ConfigError
 from yolo_cwd.method.teacher import wait_for
 from yolo_cwd.study.advice import as_text, compare_classes, verdict
 from yolo_cwd.study.compare import score
+from yolo_cwd.study.rehearsal import Unheard, passing_folder, set_up
 from yolo_cwd.trainer import CWDTrainer
 
 MADE_UP = "made-up images"
-PASSING = {  # keeps what a check writes in its folder, and the images in memory those of the step
-    "name": "run",
-    "plots": False,
-    "verbose": False,
-    "save_period": -1,
-    "cache": False,
-    "workers": 0,
-    "multi_scale": 0.0,
-}
 FIXED = 100.0  # a weight to compare with: the default of version 0.1
 BATCHES = 2
 TURNS = 3  # steps on each batch, of which the first warms up
 
 
-class Rehearsal(CWDTrainer):
-    """A trainer that is set up and makes a few steps, on made-up images if need be, and that no logger hears of."""
-
-    def run_callbacks(self, event: str) -> None:
-        """Run none: Ultralytics' loggers begin a run of theirs."""
+class Trial(Unheard, CWDTrainer):
+    """A trainer that is set up and makes a few steps, on made-up images if need be."""
 
     def get_dataset(self) -> Any:
         """Resolve `data`, or make up two full batches: digits that all count as the student's first class."""
@@ -86,14 +73,8 @@ def run(words: dict[str, Any]) -> None:
         raise ConfigError(f"format={form}: must be one of table, json")
     if words.get("resume"):
         raise ConfigError(f"resume={words['resume']}: a run that has begun needs no check; leave it out")
-    level = LOGGER.level
-    LOGGER.setLevel("ERROR")  # Ultralytics tells of a training that is none
-    try:
-        with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:  # its progress bars are not findings
-            found = examine(words, Path(folder))
-    finally:
-        LOGGER.setLevel(level)
-        unset_deterministic()
+    with passing_folder() as folder:
+        found = examine(words, folder)
     print(json.dumps(found, indent=1) if form == "json" else as_text(found))
 
 
@@ -144,17 +125,10 @@ def examine(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**found, "same_classes": same, "map50_95": scores, "verdict": verdict(same, **scores)}
 
 
-def _set_up(words: dict[str, Any], folder: Path) -> Rehearsal:
+def _set_up(words: dict[str, Any], folder: Path) -> Trial:
     if "," in (device := parse_device(words.get("device"))):
         raise ConfigError(f"device={device}: one device is enough to check; give one, and the batch of one")
-    given = {name: value for name, value in words.items() if name != "save_dir"}
-    try:
-        trainer = Rehearsal(overrides={**given, **PASSING, "project": str(folder)})
-        trainer._setup_train()
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(first_line(error)) from error
+    trainer: Trial = set_up(Trial, words, folder)
     return trainer
 
 

@@ -15,6 +15,7 @@ Several processes may work on one folder: each takes the first run that is neith
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import time
@@ -27,11 +28,12 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from filelock import FileLock, Timeout
 from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg, get_save_dir, smart_value
-from ultralytics.data.utils import check_det_dataset
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, colorstr
@@ -44,13 +46,16 @@ from yolo_cwd.config import (
     Settings,
     check_names,
     first_line,
+    read_yaml,
     split_options,
     unusable_data,
     with_suffix,
 )
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.run.files import drop_rows_after, write_whole
+from yolo_cwd.run.refusal import unwritable
 from yolo_cwd.run.request import EXTRA_ARGUMENTS, refuse_unsupported, student_path
+from yolo_cwd.study.rehearsal import DistilledRehearsal, PlainRehearsal, passing_folder, set_up
 from yolo_cwd.study.summary import BASELINE, RECORD, as_text, table, write_summary
 from yolo_cwd.trainer import CWDTrainer
 from yolo_cwd.view.report import SCORE, read_rows
@@ -59,6 +64,15 @@ METHODS = ("plain", "cwd", "builtin")
 OWN_ARGUMENTS = {"arms", "seeds", "split", "folder"}
 SPLITS = ("val", "test", "train")
 POLL_SECONDS = 2.0
+OF_TRAINING = {
+    "model",
+    "mode",
+    "rect",
+    "compile",
+    "resume",
+    "save_dir",
+}  # arguments with no or another meaning in `val`
+SILENT = {"exist_ok": True, "plots": False, "verbose": False, "save_json": False, "save_txt": False, "cache": False}
 
 
 class Arm(NamedTuple):
@@ -239,10 +253,9 @@ def _arms_of_words(value: Any) -> list[tuple[str, dict[str, Any]]]:
 
 def _arms_of_file(value: Any) -> list[tuple[str, dict[str, Any]]]:
     try:
-        content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-        return [(str(name), dict(options or {})) for name, options in content.items()]
-    except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"arms={value}: cannot be read; give a YAML file that maps names to options") from error
+        return [(str(name), dict(options or {})) for name, options in read_yaml(value).items()]
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"arms={value}: {first_line(error)}; give a YAML file that maps names to options") from error
 
 
 def run(words: dict[str, Any]) -> dict[str, Any]:
@@ -255,10 +268,9 @@ def run(words: dict[str, Any]) -> dict[str, Any]:
         ConfigError: If they cannot be used, or if the folder holds another comparison.
     """
     comparison = Comparison.parse(words)
-    for teacher in {comparison.teacher, *map(comparison.teacher_of, comparison.arms)}:
-        load_teacher(teacher)
     comparison.arguments["data"] = digits.resolve(comparison.arguments["data"])
-    classes = _classes_of_data(comparison)
+    classes = classes_of_data(comparison.arguments, comparison.split)
+    rehearse(comparison)
     _claim_folder(comparison)
     score_teacher(comparison, classes)
     while waiting := [(arm, seed) for arm, seed in comparison.runs() if not _done(comparison, arm, seed)]:
@@ -267,6 +279,24 @@ def run(words: dict[str, Any]) -> dict[str, Any]:
     summary = write_summary(comparison.folder)
     print(f"\n{as_text(table(summary))}\n\n{summary['verdict']}\nSummary and pictures: {comparison.folder}")
     return summary
+
+
+def rehearse(comparison: Comparison) -> None:
+    """Set up a run of every arm that has one to do, so that what cannot be trained is refused before the first one.
+
+    Raises:
+        ConfigError: If one of them, or the teacher, cannot be used.
+    """
+    load_teacher(comparison.teacher, bool(comparison.arguments.get("trust_teacher")))
+    for arm in comparison.arms:
+        if all(_done(comparison, arm, seed) for seed in comparison.seeds):
+            continue
+        LOGGER.info(f"{colorstr('compare:')} checking {arm.name}")
+        trainer_class = DistilledRehearsal if arm.method == "cwd" else PlainRehearsal
+        with passing_folder() as folder:
+            set_up(trainer_class, _overrides(comparison, arm, comparison.seeds[0]), folder)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _name(arm: Arm, seed: int) -> str:
@@ -279,8 +309,11 @@ def _done(comparison: Comparison, arm: Arm, seed: int) -> bool:
 
 def _claim_folder(comparison: Comparison) -> None:
     """Make the folder, or add new arms and seeds to the comparison that it holds."""
-    for name in ("runs", "results", "locks"):
-        (comparison.folder / name).mkdir(parents=True, exist_ok=True)
+    try:
+        for name in ("runs", "results", "locks"):
+            (comparison.folder / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(error, "folder", comparison.folder) from error
     file, ours = comparison.folder / RECORD, json.loads(json.dumps(comparison.record()))
     with _locked(comparison, "comparison", wait=True):
         if file.exists():
@@ -342,16 +375,24 @@ def _progress(comparison: Comparison, name: str) -> str:
 def train_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
     """Train one arm with one seed, and return its scores, its curve and its time."""
     folder = comparison.folder / "runs" / _name(arm, seed)
-    words = {**comparison.arguments, **arm.arguments}
-    place = {"seed": seed, "project": str(folder.parent), "name": folder.name, "exist_ok": True}
-    seconds = _train(arm.method, comparison.teacher_of(arm), {**words, **place}, folder)
+    words = _overrides(comparison, arm, seed)
+    seconds = _train(arm.method, words, folder)
     weights = next(file for file in _checkpoints(folder) if file.exists())
-    scores = score(weights, comparison.arguments, comparison.split, folder)
+    scores = score(weights, words, comparison.split, folder)
     curve = [row[SCORE] for row in read_rows(folder / "results.csv")] if words.get("val", True) else []
     return {"arm": arm.name, "seed": seed, "seconds": seconds, "weights": str(weights), **scores, "curve": curve}
 
 
-def _train(method: str, teacher: str, words: dict[str, Any], folder: Path) -> float:
+def _overrides(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
+    """Return all arguments of a run, and the options of a distilled one."""
+    words = {**comparison.arguments, **arm.arguments, "teacher": comparison.teacher_of(arm), "seed": seed}
+    words |= {"project": str(comparison.folder / "runs"), "name": _name(arm, seed), "exist_ok": True}
+    if arm.method == "cwd":
+        return words
+    return {**split_options(words)[1], **({"distill_model": words["teacher"]} if arm.method == "builtin" else {})}
+
+
+def _train(method: str, words: dict[str, Any], folder: Path) -> float:
     """Make a run, or what a kill has left to do of it, and return the seconds it has taken in all."""
     left = _left_by_a_kill(folder)
     if left is None:
@@ -360,17 +401,17 @@ def _train(method: str, teacher: str, words: dict[str, Any], folder: Path) -> fl
         for file in filter(Path.exists, _checkpoints(folder)):
             strip_optimizer(file)
         return left.seconds
-    trainer = _trainer(method, teacher, {"resume": str(folder / "weights" / "last.pt")} if left else words)
+    if left:
+        kept: dict[str, Any] = {name: words[name] for name in ("teacher", "distill_model") if name in words}
+        words = {**kept, "resume": str(folder / "weights" / "last.pt")}
+    trainer = _trainer(method, words)
     begin = time.perf_counter()
     trainer.train()
     return time.perf_counter() - begin + (left.seconds if left else 0.0)
 
 
-def _trainer(method: str, teacher: str, words: dict[str, Any]) -> Any:
-    if method == "cwd":
-        return CWDTrainer(overrides={**words, "teacher": teacher})
-    _, arguments = split_options(words)
-    return DetectionTrainer(overrides={**arguments, **({"distill_model": teacher} if method == "builtin" else {})})
+def _trainer(method: str, words: dict[str, Any]) -> Any:
+    return (CWDTrainer if method == "cwd" else DetectionTrainer)(overrides=words)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -409,21 +450,36 @@ def _seconds(rows: list[dict[str, float]]) -> float:
 
 
 def score(weights: Path | str, arguments: dict[str, Any], split: str, folder: Path) -> dict[str, Any]:
-    """Return mAP50-95, mAP50 and mAP50-95 by class of a checkpoint on a split; `folder` is for Ultralytics' own use."""
-    arguments = {k: v for k, v in arguments.items() if k in {"data", "imgsz", "batch", "device", "single_cls"}}
-    place = {"project": str(folder), "name": "score", "exist_ok": True, "plots": False, "verbose": False}
-    metrics = YOLO(weights).val(split=split, **arguments, **place)
+    """Return mAP50-95, mAP50 and mAP50-95 by class of a checkpoint, as Ultralytics' `val` finds them.
+
+    Args:
+        weights: The checkpoint.
+        arguments: All arguments of its training; those that matter to a score count here too.
+        split: The split to score it on.
+        folder: For Ultralytics' own use.
+    """
+    _, arguments = split_options(arguments)
+    arguments = {name: value for name, value in arguments.items() if name not in OF_TRAINING}
+    metrics = YOLO(weights).val(**{**arguments, **SILENT, "project": str(folder), "name": "score", "split": split})
     box = metrics.box
     classes = {metrics.names[c]: float(box.maps[c]) for c in box.ap_class_index}
     return {"map50_95": float(box.map), "map50": float(box.map50), "classes": classes}
 
 
-def _classes_of_data(comparison: Comparison) -> dict[int, str]:
-    data = comparison.arguments["data"]
+def classes_of_data(arguments: dict[str, Any], split: str) -> dict[int, str]:
+    """Return the classes of the data as a training with these arguments sees them, by Ultralytics' own rule.
+
+    Raises:
+        ConfigError: If the data cannot be used, or have no such split.
+    """
+    args = get_cfg(DEFAULT_CFG_DICT, {**split_options(arguments)[1], "split": split})
     try:
-        names: dict[int, str] = check_det_dataset(data, split=comparison.split)["names"]
-    except Exception as error:
-        raise unusable_data(data, error) from error
+        data = BaseTrainer.get_dataset(SimpleNamespace(args=args))
+    except RuntimeError as error:
+        raise unusable_data(args.data, error.__cause__ or error) from error
+    if not data.get(split):
+        raise ConfigError(f"split={split}: data={args.data} names no images for it; give split=val")
+    names: dict[int, str] = data["names"]
     return names
 
 

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What Ultralytics refuses before a training begins, as one line that names the argument, its value and a remedy."""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from yolo_cwd.config import ConfigError, first_line, unusable_data, unusable_model
+
+PLACES = {"get_dataset": "data", "get_dataloader": "data", "setup_model": "model"}  # functions by what they work on
+OPTIMIZERS = "auto, SGD, MuSGD, Adam, Adamax, AdamW, NAdam, RAdam, RMSProp"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # what ends any training, begun or not
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.ENOTDIR}
+
+
+def refusal(error: BaseException, arguments: Mapping[str, Any]) -> ConfigError:
+    """Return the error to raise for one that Ultralytics has raised while it set a training up.
+
+    Args:
+        error: What was raised.
+        arguments: The arguments of the training, as they were given.
+    """
+    called = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    about = next((PLACES[name] for name in called if name in PLACES), None)
+    number = error.errno if isinstance(error, OSError) else None
+    if number and (number in FULL or "claim" in called or (number in NO_ACCESS and not about)):
+        return unwritable(error, "project", arguments.get("project"))
+    if about == "data":
+        return unusable_data(arguments.get("data"), error.__cause__ or error)
+    if about == "model":
+        return unusable_student(arguments, error)
+    if isinstance(error, NotImplementedError) and called[-1:] == ["build_optimizer"]:
+        return ConfigError(
+            f"optimizer={arguments.get('optimizer')}: there is none of this name; give one of {OPTIMIZERS}"
+        )
+    return ConfigError(first_line(error))
+
+
+def unusable_student(arguments: Mapping[str, Any], error: BaseException) -> ConfigError:
+    """Return the error to raise for a student that cannot be built, or whose `pretrained` weights cannot be loaded."""
+    pretrained = arguments.get("pretrained")
+    if isinstance(pretrained, str | Path) and not Path(pretrained).is_file():
+        return unusable_model(f"pretrained={pretrained}", error, "give an existing .pt checkpoint, or True")
+    student = arguments.get("student") or arguments.get("model")
+    return unusable_model(f"student={student}", error, "give an existing .pt checkpoint or .yaml model of a detector")
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Return whether nothing can be written any more."""
+    return isinstance(error, OSError) and error.errno in FULL
+
+
+def unwritable(error: Any, argument: str, place: Any, remedy: str = "") -> ConfigError:
+    """Return the error to raise where a file cannot be written.
+
+    Args:
+        error: The `OSError` that was raised.
+        argument: The argument that says where files go.
+        place: Its value, if it was given.
+        remedy: What to do; by default to choose another place.
+    """
+    where = f"{argument}={place}" if place else argument
+    reason = f"cannot write {error.filename or 'a file'} ({error.strerror})"
+    return ConfigError(
+        f"{where}: {reason}; {remedy or 'give a folder on a disk that has room and that you may write to'}"
+    )

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""A training that is set up as it would begin, in a folder that is removed again, and that no logger hears of."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import LOGGER
+from ultralytics.utils.torch_utils import unset_deterministic
+
+from yolo_cwd.config import ConfigError
+from yolo_cwd.method.prepare import choose_precision
+from yolo_cwd.method.trainer import DistillingTrainer
+from yolo_cwd.run.refusal import refusal
+from yolo_cwd.trainer import CWDTrainer
+
+PASSING = {  # keeps what a rehearsal writes in its folder, and the images in memory those of the step
+    "name": "run",
+    "plots": False,
+    "verbose": False,
+    "save_period": -1,
+    "cache": False,
+    "workers": 0,
+    "multi_scale": 0.0,
+}
+
+
+class Unheard:
+    """A trainer that runs no callbacks: Ultralytics' loggers begin a run of theirs."""
+
+    def run_callbacks(self, event: str) -> None:
+        """Run none."""
+
+
+class PlainRehearsal(Unheard, DetectionTrainer):
+    """A training by Ultralytics alone."""
+
+
+class DistilledRehearsal(Unheard, CWDTrainer):
+    """A distilled training with all that can be refused of it, and without what takes time."""
+
+    def _setup_train(self) -> None:
+        super(DistillingTrainer, self)._setup_train()
+        if self.cwd.cwd:
+            choose_precision(self)
+
+
+@contextmanager
+def passing_folder() -> Iterator[Path]:
+    """Yield a folder for a rehearsal; Ultralytics, which tells of a training that is none, is silent meanwhile."""
+    level = LOGGER.level
+    LOGGER.setLevel("ERROR")
+    try:
+        with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:  # progress bars are no findings
+            yield Path(folder)
+    finally:
+        LOGGER.setLevel(level)
+        unset_deterministic()
+
+
+def set_up(trainer_class: type[Any], words: dict[str, Any], folder: Path) -> Any:
+    """Return a trainer that could begin its first step.
+
+    Args:
+        trainer_class: Its class.
+        words: Its arguments and options.
+        folder: A passing folder.
+
+    Raises:
+        ConfigError: If the training could not begin.
+    """
+    given = {name: value for name, value in words.items() if name != "save_dir"}
+    try:
+        trainer = trainer_class(overrides={**given, **PASSING, "project": str(folder)})
+        trainer._setup_train()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise refusal(error, words) from error
+    return trainer

@@ -172,8 +172,8 @@ def test_scores_of_both(tmp_path: Path, pair: dict[str, str], data: str) -> None
     found = examine({**WORDS, **pair, "data": data}, tmp_path)
     assert found["same_classes"]
     expected = YOLO(pair["teacher"]).val(data=data, imgsz=64, batch=4, project=str(tmp_path), plots=False).box.map
-    assert found["map50_95"]["teacher"] == pytest.approx(expected, abs=1e-6)
-    assert found["map50_95"]["student"] == 0
+    assert found["scores"]["teacher"] == pytest.approx(expected, abs=1e-6)
+    assert found["scores"]["student"] == 0
     assert found["verdict"].startswith("no: ")
 
 
@@ -193,7 +193,7 @@ def test_a_score_is_that_of_val_with_the_arguments_of_the_training(
 def test_other_classes_are_no_score(tmp_path: Path, pair: dict[str, str], data: str) -> None:
     found = examine({**WORDS, "teacher": "yolov8n.yaml", "data": data}, tmp_path)
     assert not found["same_classes"]
-    assert found["map50_95"] == {"teacher": None, "student": None}
+    assert found["scores"] == {"teacher": None, "student": None}
     assert "does not know the classes" in found["verdict"]
     assert "classes   the teacher has 80 and the data 10; only the teacher has 10, 11, 12, 13" in as_text(found)
     assert "That is no obstacle" in found["classes"]

@@ -294,8 +294,8 @@ def result(arm: str, seed: int, score: float, seconds: float = 10.0) -> dict[str
         "arm": arm,
         "seed": seed,
         "seconds": seconds,
-        "map50_95": score,
-        "map50": 2 * score,
+        "score": score,
+        "second": 2 * score,
         "classes": classes,
         "curve": [0.0, score],
     }
@@ -305,7 +305,7 @@ RESULTS = [
     *(result("plain", seed, score) for seed, score in enumerate((0.30, 0.32, 0.31))),
     *(result("cwd", seed, score, 12.0) for seed, score in enumerate((0.33, 0.34, 0.35))),
 ]
-TEACHER = {"map50_95": 0.41, "map50": 0.6, "classes": {}}
+TEACHER = {"score": 0.41, "second": 0.6, "classes": {}}
 
 
 def test_paired_interval_by_hand() -> None:
@@ -317,9 +317,9 @@ def test_paired_interval_by_hand() -> None:
 
 def test_statistics() -> None:
     arm = summarize(["plain", "cwd"], TEACHER, RESULTS)["arms"]["cwd"]
-    assert arm["map50_95"] == pytest.approx(0.34)
+    assert arm["score"] == pytest.approx(0.34)
     assert arm["sd"] == pytest.approx(0.01)
-    assert arm["difference"] == pytest.approx(0.03)
+    assert arm["gain"] == pytest.approx(0.03)
     assert arm["interval"] == pytest.approx((0.03 - 0.0248414, 0.03 + 0.0248414), abs=1e-6)
     assert arm["gap_closed"] == pytest.approx(0.3)
     assert arm["time_ratio"] == pytest.approx(1.2)
@@ -328,7 +328,7 @@ def test_statistics() -> None:
 
 def test_only_seeds_of_both_arms_are_paired() -> None:
     arm = summarize(["plain", "cwd"], TEACHER, [*RESULTS, result("cwd", 9, 0.9)])["arms"]["cwd"]
-    assert arm["difference"] == pytest.approx(0.03)
+    assert arm["gain"] == pytest.approx(0.03)
     assert arm["runs"] == 4
 
 
@@ -340,7 +340,7 @@ def test_an_arm_may_be_compared_with_another_one() -> None:
 
 
 def test_a_teacher_that_is_no_better_is_named() -> None:
-    weak = {**TEACHER, "map50_95": 0.3}
+    weak = {**TEACHER, "score": 0.3}
     summary = summarize(["plain", "cwd"], weak, RESULTS)
     assert "not better than the plain student (-1.0 points)" in summary["verdict"]
     assert summary["arms"]["cwd"]["gap_closed"] is None
@@ -373,7 +373,7 @@ def test_a_teacher_of_the_same_classes_is_scored(words: dict[str, Any], monkeypa
     first = Path(words["folder"]) / "runs" / "plain-0" / "weights" / "best.pt"
     monkeypatch.setattr(compare, "train_arm", lambda comparison, arm, seed: result(arm.name, seed, 0.1))
     summary = compare.run({**words, "arms": "plain", "teacher": str(first), "folder": words["folder"] + "2"})
-    assert summary["teacher"].keys() == {"map50_95", "map50", "classes"}
+    assert summary["teacher"].keys() == {"score", "second", "classes"}
 
 
 def test_a_score_is_that_of_val_with_the_arguments_of_the_run(
@@ -394,7 +394,7 @@ def test_a_score_is_that_of_val_with_the_arguments_of_the_run(
         asked = {name: value for name, value in asked.items() if name not in {"method", "tau", *compare.SILENT}}
         assert {name: given.get(name) for name in asked} == asked
         theirs = val(YOLO(found[f"{run}-0"]["weights"]), **asked, plots=False, project=str(tmp_path / "val"))
-        assert theirs.box.map == found[f"{run}-0"]["map50_95"]
+        assert theirs.box.map == found[f"{run}-0"]["score"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Every dense task: one trainer, one loss, plain checkpoints."""
 
 import csv
+import json
 import pickle
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHORT, STUDENT, TAUGHT, narrow, settled
+from test_state import interrupted, resume
 from torch import nn
 from ultralytics import YOLO
 
 from yolo_cwd import CWDTrainer, digits
+from yolo_cwd.cli import main
 from yolo_cwd.config import ConfigError
 from yolo_cwd.method.fpn import HeadTap
 from yolo_cwd.method.teacher import load_teacher
@@ -27,6 +30,7 @@ MODELS = {
     "depth": ("yolo26n-depth.yaml", "yolo26n-depth.yaml"),
 }
 Train = Callable[..., CWDTrainer]
+compile_ = torch.compile
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,7 @@ def test_class_maps_are_compared_where_both_know_a_class(
     assert rows(trainer)[-1]["train/classmap_loss"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", MODELS)
 def test_without_weight_a_task_trains_as_in_plain_ultralytics(
     train: Train, sets: dict[str, str], students: dict[str, str], tmp_path: Path, task: str
@@ -152,6 +157,42 @@ def test_a_tap_is_pickled_as_a_hook_that_does_nothing() -> None:
     assert torch.equal(copied(received[0][0]), received[0][0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["segment", "semantic"])
+def test_a_task_is_compiled(
+    train: Train, sets: dict[str, str], students: dict[str, str], monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend="aot_eager"))
+    eager, compiled = (rows(train(model=students[task], data=sets[task], compile=on, lr0=1e-7)) for on in (False, True))
+    for level in ("P3", "P4"):
+        assert compiled[0][f"train/{level}_nats"] == pytest.approx(eager[0][f"train/{level}_nats"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["pose", "semantic"])
+def test_processes_that_torchrun_starts_train_a_task(
+    sets: dict[str, str], students: dict[str, str], tmp_path: Path, task: str
+) -> None:
+    options = {**TAUGHT, **SHORT, "model": students[task], "data": sets[task], "project": tmp_path, "name": "run"}
+    words = ["train", *(f"{k}={v}" for k, v in options.items())]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "yolo_cwd"]
+    result = subprocess.run([*launch, *words], capture_output=True, text=True, cwd=tmp_path, timeout=200, check=False)
+    assert result.returncode == 0, result.stderr
+    with (tmp_path / "run" / "results.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["train/P3_loss"]) > 0
+
+
+@pytest.mark.parametrize("task", ["segment", "semantic"])
+def test_a_run_of_a_task_resumes(
+    train: Train, sets: dict[str, str], students: dict[str, str], tmp_path: Path, task: str
+) -> None:
+    last = interrupted(train, tmp_path, 1, epochs=2, model=students[task], data=sets[task])
+    trainer = resume(last)
+    assert isinstance(trainer, TASKS[task].trainer)
+    assert [row["epoch"] for row in rows(trainer)] == [1, 2]
+
+
 def test_yolo_train_finds_the_trainer_of_its_task(
     sets: dict[str, str], students: dict[str, str], tmp_path: Path
 ) -> None:
@@ -215,6 +256,46 @@ def test_students_that_have_another_trainer_are_refused(student: str, message: s
     assert str(error.value).startswith(message)
     assert len(str(error.value)) < 300
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("task", ["pose", "semantic", "depth"])
+def test_check_tells_the_score_of_the_task(
+    sets: dict[str, str], students: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str
+) -> None:
+    teacher = str(tmp_path / "teacher.pt")
+    YOLO(students[task]).save(teacher)
+    words = [f"teacher={teacher}", f"student={students[task]}", "imgsz=64", "batch=2", "device=cpu", "amp=False"]
+    assert main(["check", *words, "format=json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"] is None
+    trained = TASKS[task].trainer(overrides={**SHORT, "model": students[task], "data": sets[task], "project": tmp_path})
+    trained.train()
+    words[0] = f"teacher={trained.last}"
+    assert main(["check", *words, f"data={sets[task]}"]) == 0
+    found = capsys.readouterr().out
+    assert f"score     {TASKS[task].score.label}: teacher " in found
+
+
+def test_a_comparison_of_another_task(
+    sets: dict[str, str], students: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = str(tmp_path / "teacher.pt")
+    YOLO(students["depth"]).save(teacher)
+    options = {k: v for k, v in SHORT.items() if k not in {"model", "val"}}
+    words = {
+        "teacher": teacher,
+        "student": students["depth"],
+        "data": sets["depth"],
+        "seeds": "1,2",
+        "folder": tmp_path,
+    }
+    assert main(["compare", *(f"{k}={v}" for k, v in {**options, **words}.items())]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["arms"]) == ["plain", "cwd"], "Ultralytics' own distillation has no depth"
+    plain, ours = summary["arms"]["plain"], summary["arms"]["cwd"]
+    assert ours["gain"] == pytest.approx(plain["score"] - ours["score"]), "less of an error is a gain"
+    assert "relative error" in capsys.readouterr().out
+    run = YOLO(summary["runs"][0]["weights"]).val(data=sets["depth"], imgsz=64, batch=4, device="cpu", plots=False)
+    assert summary["runs"][0]["score"] == pytest.approx(run.results_dict["metrics/abs_rel"], rel=1e-3)
 
 
 def test_a_dry_pass_leaves_no_trace(students: dict[str, str]) -> None:

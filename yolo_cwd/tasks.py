@@ -44,6 +44,7 @@ class Task(NamedTuple):
     Attributes:
         name: What Ultralytics calls it.
         suffix: How the names of its models end.
+        builtin: Whether Ultralytics' own distillation takes its models.
         trainer: Ultralytics' trainer of it.
         score: What its models are judged by.
         second: Another score to look at beside it.
@@ -51,31 +52,24 @@ class Task(NamedTuple):
 
     name: str
     suffix: str
+    builtin: bool
     trainer: type[DetectionTrainer]
     score: Score
     second: Score
 
 
-BOXES = Score("metrics/mAP50-95(B)", "box mAP50-95")
+MAP, MAP50 = Score("metrics/mAP50-95(B)", "mAP50-95"), Score("metrics/mAP50(B)", "mAP50")
+BOXES = Score(MAP.column, "box mAP50-95")
+MASKS, POSES = Score("metrics/mAP50-95(M)", "mask mAP50-95"), Score("metrics/mAP50-95(P)", "pose mAP50-95")
+IOU, PIXELS = Score("metrics/mIoU", "mIoU"), Score("metrics/pixel_acc", "pixel accuracy")
+ERROR, NEAR = Score("metrics/abs_rel", "relative error", sign=-1), Score("metrics/delta1", "delta1")
 ALL = (
-    Task("detect", "", DetectionTrainer, Score(BOXES.column, "mAP50-95"), Score("metrics/mAP50(B)", "mAP50")),
-    Task("segment", "-seg", yolo.segment.SegmentationTrainer, Score("metrics/mAP50-95(M)", "mask mAP50-95"), BOXES),
-    Task("pose", "-pose", yolo.pose.PoseTrainer, Score("metrics/mAP50-95(P)", "pose mAP50-95"), BOXES),
-    Task("obb", "-obb", yolo.obb.OBBTrainer, Score(BOXES.column, "mAP50-95"), Score("metrics/mAP50(B)", "mAP50")),
-    Task(
-        "semantic",
-        "-sem",
-        yolo.semantic.SemanticSegmentationTrainer,
-        Score("metrics/mIoU", "mIoU"),
-        Score("metrics/pixel_acc", "pixel accuracy"),
-    ),
-    Task(
-        "depth",
-        "-depth",
-        yolo.depth.DepthTrainer,
-        Score("metrics/abs_rel", "relative error", sign=-1),
-        Score("metrics/delta1", "delta1"),
-    ),
+    Task("detect", "", True, DetectionTrainer, MAP, MAP50),
+    Task("segment", "-seg", True, yolo.segment.SegmentationTrainer, MASKS, BOXES),
+    Task("pose", "-pose", True, yolo.pose.PoseTrainer, POSES, BOXES),
+    Task("obb", "-obb", True, yolo.obb.OBBTrainer, MAP, MAP50),
+    Task("semantic", "-sem", False, yolo.semantic.SemanticSegmentationTrainer, IOU, PIXELS),
+    Task("depth", "-depth", False, yolo.depth.DepthTrainer, ERROR, NEAR),
 )
 TASKS = {task.name: task for task in ALL}
 

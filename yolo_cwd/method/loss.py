@@ -261,8 +261,8 @@ class CWDLoss:
 
         Args:
             features: The student's pyramid, one map [N, C, H, W] for each input of its head.
-            scores: The logits of its classes, [N, classes, positions of all levels], or [N, classes, H, W] of the finest
-                level alone.
+            scores: The logits of its classes, [N, classes, positions of all levels], or of the finest level alone,
+                [N, classes, H, W].
             lesson: What the teacher shows of the same images.
         """
         found = self.divergences(features, lesson.pyramid)

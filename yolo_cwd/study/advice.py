@@ -6,7 +6,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-WORTHWHILE = 0.05  # lead of a teacher in mAP50-95: with 0.06 a gain has been measured, with 0.04 none
+WORTHWHILE = 0.05  # lead of a teacher in score: with 0.06 a gain has been measured, with 0.04 none
 WIDTH = 99
 DROWNED = 2.0  # a share above which a pretrained student loses by distillation
 
@@ -33,16 +33,17 @@ def compare_classes(teacher: dict[int, str], other: dict[int, str], whose: str) 
     return f"{'; '.join(parts)}. That is no obstacle: the necks are compared, not the classes"
 
 
-def verdict(same_classes: bool, teacher: float | None, student: float | None) -> str:
+def verdict(same_classes: bool, teacher: float | None, student: float | None, sign: int = 1) -> str:
     """Return in a sentence whether a teacher is worth it.
 
     Args:
-        same_classes: Whether its classes are those of the data.
-        teacher: Its mAP50-95 on the validation images, in 0 to 1; None if it has none.
+        same_classes: Whether its task is the student's, and its classes are those of the data.
+        teacher: Its score on the validation images, in 0 to 1; None if it has none.
         student: The student's before this training; None if it has not been trained on such data.
+        sign: 1 where more of the score is better, -1 where less is.
     """
     if not same_classes:
-        return "doubtful: the teacher does not know the classes of the data; one trained on such data teaches more"
+        return "doubtful: the teacher does not know the task or the classes of the data; one that does teaches more"
     if teacher is None:
         return "no: the teacher has not been trained"
     if student is None:
@@ -50,7 +51,7 @@ def verdict(same_classes: bool, teacher: float | None, student: float | None) ->
             f"the teacher reaches {100 * teacher:.1f} points; it is worth it if the student alone ends well below, "
             "which 'yolo_cwd compare' tells"
         )
-    lead = teacher - student
+    lead = sign * (teacher - student)
     if lead <= 0:
         return f"no: the teacher is {-100 * lead:.1f} points behind the student, and has nothing to teach it here"
     if lead < WORTHWHILE:
@@ -102,10 +103,10 @@ def as_text(found: dict[str, Any]) -> str:
     }
     if found["levels"]:
         paragraphs["share"] = balance(found["levels"], found["balanced"])
-    if "map50_95" in found:
-        known = {who: value for who, value in found["map50_95"].items() if value is not None}
+    if "scores" in found:
+        known = {who: value for who, value in found["scores"].items() if value is not None}
         shown = ", ".join(f"{who} {100 * value:.1f}" for who, value in known.items())
-        paragraphs["mAP50-95"] = shown or "not known"
+        paragraphs["score"] = f"{found['score']}: {shown or 'not known'}"
     lines += ["", *(_paragraph(*item) for item in (paragraphs | {"classes": found["classes"]}).items())]
     return "\n".join([*lines, "", _paragraph("verdict", found["verdict"])])
 

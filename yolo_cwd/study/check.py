@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import cv2
+import numpy as np
 import psutil
 import torch
 import yaml
@@ -28,7 +30,7 @@ from yolo_cwd import digits
 from yolo_cwd.config import ConfigError
 from yolo_cwd.method.teacher import wait_for
 from yolo_cwd.study.advice import as_text, compare_classes, verdict
-from yolo_cwd.study.compare import score
+from yolo_cwd.study.compare import knows, score
 from yolo_cwd.study.rehearsal import Unheard, passing_folder, set_up
 from yolo_cwd.trainer import CWDTrainer
 
@@ -42,20 +44,29 @@ class Trial(Unheard, CWDTrainer):
     """A trainer that is set up and makes a few steps, on made-up images if need be."""
 
     def get_dataset(self) -> Any:
-        """Resolve `data`, or make up two full batches: digits that all count as the student's first class."""
+        """Resolve `data`, or make up two full batches of digits, labelled with the student's first classes."""
         if self.args.data == MADE_UP:
-            file = digits.build(self.save_dir, {"train": BATCHES * self.args.batch, "val": 4})
-            for labels in file.parent.glob("labels/*/*.txt"):
-                rows = re.sub(r"^\d+", "0", labels.read_text(encoding="utf-8"), flags=re.MULTILINE)
-                labels.write_text(rows, encoding="utf-8")
             names = {0: "object"}
             with suppress(Exception):  # what is wrong with the student is said where it is built
                 names = YOLO(self.args.model).names
+            images = {"train": BATCHES * self.args.batch, "val": 4}
+            file = digits.build(self.save_dir, images, task=self.task.name)
+            _relabel(file.parent, len(names))
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
             content |= {"names": names, "channels": self.teacher.image_channels}
             file.write_text(yaml.safe_dump(content), encoding="utf-8")
             self.args.data, self.args.fraction = str(file), 1.0
         return super().get_dataset()
+
+
+def _relabel(folder: Path, classes: int) -> None:
+    """Let no label be of another class than the first so many."""
+    for labels in folder.glob("labels/*/*.txt"):
+        rows = re.sub(r"^\d+", "0", labels.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        labels.write_text(rows, encoding="utf-8")
+    for mask in folder.glob("masks/*/*.png"):
+        values = np.asarray(cv2.imread(str(mask), cv2.IMREAD_GRAYSCALE))
+        cv2.imwrite(str(mask), values.clip(max=classes - 1))
 
 
 def run(words: dict[str, Any]) -> None:
@@ -115,14 +126,18 @@ def examine(words: dict[str, Any], folder: Path) -> dict[str, Any]:
         "classes": _classes(trainer, embedded),
     }
     if embedded:
-        return {**found, "verdict": "give data= as well, to see the mAP of both and whether this teacher is worth it"}
-    same = teacher.names == trainer.data["names"]
+        return {
+            **found,
+            "verdict": "give data= as well, to see the scores of both and whether this teacher is worth it",
+        }
+    same, model = _knows_the_data(trainer, teacher.label), str(trainer.args.model)
     arguments = {**vars(trainer.args), "device": str(trainer.device)}
     scores = {
         "teacher": _score(teacher.label, arguments, folder) if same else None,
-        "student": _score(str(trainer.args.model), arguments, folder) if _can_score_student(trainer) else None,
+        "student": _score(model, arguments, folder) if _knows_the_data(trainer, model) else None,
     }
-    return {**found, "same_classes": same, "map50_95": scores, "verdict": verdict(same, **scores)}
+    said = verdict(same, **scores, sign=trainer.task.score.sign)
+    return {**found, "same_classes": same, "score": trainer.task.score.label, "scores": scores, "verdict": said}
 
 
 def _set_up(words: dict[str, Any], folder: Path) -> Trial:
@@ -141,17 +156,18 @@ def _classes(trainer: CWDTrainer, embedded: bool) -> str:
     return compare_classes(trainer.teacher.names, names, "student" if embedded else "data")
 
 
-def _can_score_student(trainer: CWDTrainer) -> bool:
-    """Return whether the student has been trained on the classes of the data before."""
-    model = str(trainer.args.model)
-    return model.endswith(".pt") and bool(YOLO(model).names == trainer.data["names"])
+def _knows_the_data(trainer: CWDTrainer, model: str) -> bool:
+    """Return whether a checkpoint has been trained for this task, on the classes of the data."""
+    if model.endswith(".pt"):
+        return knows(model, trainer.task, trainer.data["names"])
+    return bool(trainer.teacher.names == trainer.data["names"])  # an untrained one: it has no score
 
 
 def _score(model: str, arguments: dict[str, Any], folder: Path) -> float | None:
     if not model.endswith(".pt"):
         return None
     _say(f"scoring {model}")
-    return float(score(model, arguments, arguments["split"], folder)["map50_95"])
+    return float(score(model, arguments, arguments["split"], folder)["score"])
 
 
 def _levels(trainer: CWDTrainer) -> list[dict[str, Any]]:

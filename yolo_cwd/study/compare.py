@@ -33,8 +33,8 @@ import yaml
 from filelock import FileLock, Timeout
 from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg, get_save_dir, smart_value
+from ultralytics.data.utils import add_polygon_background
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, colorstr
 from ultralytics.utils.torch_utils import parse_device, strip_optimizer
@@ -55,10 +55,11 @@ from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.run.files import drop_rows_after, write_whole
 from yolo_cwd.run.refusal import unwritable
 from yolo_cwd.run.request import EXTRA_ARGUMENTS, refuse_unsupported, student_path
-from yolo_cwd.study.rehearsal import DistilledRehearsal, PlainRehearsal, passing_folder, set_up
+from yolo_cwd.study.rehearsal import DistilledRehearsal, passing_folder, plain_rehearsal, set_up
 from yolo_cwd.study.summary import BASELINE, RECORD, as_text, table, write_summary
+from yolo_cwd.tasks import TASKS, Task, task_of_student
 from yolo_cwd.trainer import CWDTrainer
-from yolo_cwd.view.report import SCORE, read_rows
+from yolo_cwd.view.report import read_rows
 
 METHODS = ("plain", "cwd", "builtin")
 OWN_ARGUMENTS = {"arms", "seeds", "split", "folder"}
@@ -102,6 +103,7 @@ class Comparison:
         arms: The arms, in the order they are trained and shown in.
         seeds: Every arm is trained once with each.
         split: The split on which the finished models are scored.
+        task: The task of the student.
     """
 
     folder: Path
@@ -110,6 +112,7 @@ class Comparison:
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     split: str
+    task: Task
 
     @classmethod
     def parse(cls, words: dict[str, Any]) -> Comparison:
@@ -129,19 +132,25 @@ class Comparison:
         _check(arguments)
         teacher = Settings.parse(options).teacher
         options.pop("teacher", None)
-        arms = parse_arms(own.get("arms", ",".join(METHODS)))
+        task = task_of_student(student, arguments.pop("task", None))
+        arms = parse_arms(own.get("arms", ",".join(METHODS[: 3 if task.builtin else 2])))
         for arm in arms:
+            if arm.method == "builtin" and not task.builtin:
+                raise ConfigError(
+                    f"arms={arm.name}: Ultralytics' own distillation takes no task={task.name}; leave it out"
+                )
             arm_options, arm_arguments = split_options(arm.arguments)
             Settings.parse({**options, "teacher": teacher, **arm_options})
             _check({**arguments, **arm_arguments})
         folder = own.get("folder") or get_save_dir(
-            SimpleNamespace(project="", task="detect", name="compare", mode="train", exist_ok=True)
+            SimpleNamespace(project="", task=task.name, name="compare", mode="train", exist_ok=True)
         )
         split = own.get("split", SPLITS[0])
         if split not in SPLITS:
             raise ConfigError(f"split={split}: must be one of {', '.join(SPLITS)}")
         shared = {**arguments, **options, "model": student}
-        return cls(Path(folder).resolve(), str(teacher), shared, arms, parse_seeds(own.get("seeds", 3)), split)
+        seeds = parse_seeds(own.get("seeds", 3))
+        return cls(Path(folder).resolve(), str(teacher), shared, arms, seeds, split, task)
 
     def runs(self) -> Iterator[tuple[Arm, int]]:
         """Yield arm and seed of every run: all arms of a seed before the next seed, so that all arms grow together."""
@@ -160,6 +169,7 @@ class Comparison:
     def record(self) -> dict[str, Any]:
         """Return all that decides the outcome, as plain values."""
         return {
+            "task": self.task.name,
             "teacher": self.teacher,
             "split": self.split,
             "seeds": list(self.seeds),
@@ -268,8 +278,8 @@ def run(words: dict[str, Any]) -> dict[str, Any]:
         ConfigError: If they cannot be used, or if the folder holds another comparison.
     """
     comparison = Comparison.parse(words)
-    comparison.arguments["data"] = digits.resolve(comparison.arguments["data"])
-    classes = classes_of_data(comparison.arguments, comparison.split)
+    comparison.arguments["data"] = digits.resolve(comparison.arguments["data"], comparison.task.name)
+    classes = classes_of_data(comparison.arguments, comparison.split, comparison.task)
     rehearse(comparison)
     _claim_folder(comparison)
     score_teacher(comparison, classes)
@@ -292,7 +302,7 @@ def rehearse(comparison: Comparison) -> None:
         if all(_done(comparison, arm, seed) for seed in comparison.seeds):
             continue
         LOGGER.info(f"{colorstr('compare:')} checking {arm.name}")
-        trainer_class = DistilledRehearsal if arm.method == "cwd" else PlainRehearsal
+        trainer_class = DistilledRehearsal if arm.method == "cwd" else plain_rehearsal(comparison.task)
         with passing_folder() as folder:
             set_up(trainer_class, _overrides(comparison, arm, comparison.seeds[0]), folder)
         gc.collect()
@@ -376,10 +386,11 @@ def train_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
     """Train one arm with one seed, and return its scores, its curve and its time."""
     folder = comparison.folder / "runs" / _name(arm, seed)
     words = _overrides(comparison, arm, seed)
-    seconds = _train(arm.method, words, folder)
+    seconds = _train(arm.method, comparison.task, words, folder)
     weights = next(file for file in _checkpoints(folder) if file.exists())
     scores = score(weights, words, comparison.split, folder)
-    curve = [row[SCORE] for row in read_rows(folder / "results.csv")] if words.get("val", True) else []
+    column = comparison.task.score.column
+    curve = [row[column] for row in read_rows(folder / "results.csv")] if words.get("val", True) else []
     return {"arm": arm.name, "seed": seed, "seconds": seconds, "weights": str(weights), **scores, "curve": curve}
 
 
@@ -392,7 +403,7 @@ def _overrides(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
     return {**split_options(words)[1], **({"distill_model": words["teacher"]} if arm.method == "builtin" else {})}
 
 
-def _train(method: str, words: dict[str, Any], folder: Path) -> float:
+def _train(method: str, task: Task, words: dict[str, Any], folder: Path) -> float:
     """Make a run, or what a kill has left to do of it, and return the seconds it has taken in all."""
     left = _left_by_a_kill(folder)
     if left is None:
@@ -404,14 +415,14 @@ def _train(method: str, words: dict[str, Any], folder: Path) -> float:
     if left:
         kept: dict[str, Any] = {name: words[name] for name in ("teacher", "distill_model") if name in words}
         words = {**kept, "resume": str(folder / "weights" / "last.pt")}
-    trainer = _trainer(method, words)
+    trainer = _trainer(method, task, words)
     begin = time.perf_counter()
     trainer.train()
     return time.perf_counter() - begin + (left.seconds if left else 0.0)
 
 
-def _trainer(method: str, words: dict[str, Any]) -> Any:
-    return (CWDTrainer if method == "cwd" else DetectionTrainer)(overrides=words)
+def _trainer(method: str, task: Task, words: dict[str, Any]) -> Any:
+    return (CWDTrainer if method == "cwd" else task.trainer)(overrides=words)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -450,7 +461,7 @@ def _seconds(rows: list[dict[str, float]]) -> float:
 
 
 def score(weights: Path | str, arguments: dict[str, Any], split: str, folder: Path) -> dict[str, Any]:
-    """Return mAP50-95, mAP50 and mAP50-95 by class of a checkpoint, as Ultralytics' `val` finds them.
+    """Return the two scores of a checkpoint for its task, and the first by class, as Ultralytics' `val` finds them.
 
     Args:
         weights: The checkpoint.
@@ -460,13 +471,29 @@ def score(weights: Path | str, arguments: dict[str, Any], split: str, folder: Pa
     """
     _, arguments = split_options(arguments)
     arguments = {name: value for name, value in arguments.items() if name not in OF_TRAINING}
-    metrics = YOLO(weights).val(**{**arguments, **SILENT, "project": str(folder), "name": "score", "split": split})
-    box = metrics.box
-    classes = {metrics.names[c]: float(box.maps[c]) for c in box.ap_class_index}
-    return {"map50_95": float(box.map), "map50": float(box.map50), "classes": classes}
+    model = YOLO(weights)
+    task = TASKS[model.task]
+    metrics = model.val(**{**arguments, **SILENT, "project": str(folder), "name": "score", "split": split})
+    values = metrics.results_dict
+    return {
+        "score": float(values[task.score.column]),
+        "second": float(values[task.second.column]),
+        "classes": _by_class(metrics, task),
+    }
 
 
-def classes_of_data(arguments: dict[str, Any], split: str) -> dict[int, str]:
+def _by_class(metrics: Any, task: Task) -> dict[str, float]:
+    """Return the task's score by class, of the classes that occur."""
+    if task.name == "depth":
+        return {}
+    if task.name == "semantic":
+        return {metrics.names[c]: float(metrics.class_result(i)[0]) for i, c in enumerate(metrics.ap_class_index)}
+    part = {"segment": "seg", "pose": "pose"}.get(task.name, "box")
+    found = getattr(metrics, part)
+    return {metrics.names[c]: float(found.maps[c]) for c in found.ap_class_index}
+
+
+def classes_of_data(arguments: dict[str, Any], split: str, task: Task) -> dict[int, str]:
     """Return the classes of the data as a training with these arguments sees them, by Ultralytics' own rule.
 
     Raises:
@@ -477,18 +504,26 @@ def classes_of_data(arguments: dict[str, Any], split: str) -> dict[int, str]:
         data = BaseTrainer.get_dataset(SimpleNamespace(args=args))
     except RuntimeError as error:
         raise unusable_data(args.data, error.__cause__ or error) from error
+    if task.name == "semantic":
+        data = add_polygon_background(data)
     if not data.get(split):
         raise ConfigError(f"split={split}: data={args.data} names no images for it; give split=val")
     names: dict[int, str] = data["names"]
     return names
 
 
+def knows(model: str, task: Task, classes: dict[int, str]) -> bool:
+    """Return whether a checkpoint is one of a task, and of these classes, so that it has a score there."""
+    trained = YOLO(model)
+    return bool(trained.task == task.name and (task.name == "depth" or trained.names == classes))
+
+
 def score_teacher(comparison: Comparison, classes: dict[int, str]) -> None:
-    """Score the teacher once, or note that it has no score because its classes are not those of the data."""
+    """Score the teacher once, or note that it has no score because its task or its classes are others."""
     file = comparison.result_file("teacher")
     with _locked(comparison, "teacher", wait=True):
         if not file.exists():
-            fits = YOLO(comparison.teacher).names == classes
+            fits = knows(comparison.teacher, comparison.task, classes)
             folder = comparison.folder / "runs" / "teacher"
             scores = score(comparison.teacher, comparison.arguments, comparison.split, folder) if fits else None
             write_whole(file, json.dumps(scores))

@@ -10,7 +10,6 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unset_deterministic
 
@@ -18,6 +17,7 @@ from yolo_cwd.config import ConfigError
 from yolo_cwd.method.prepare import choose_precision
 from yolo_cwd.method.trainer import DistillingTrainer
 from yolo_cwd.run.refusal import refusal
+from yolo_cwd.tasks import Task
 from yolo_cwd.trainer import CWDTrainer
 
 PASSING = {  # keeps what a rehearsal writes in its folder, and the images in memory those of the step
@@ -38,8 +38,9 @@ class Unheard:
         """Run none."""
 
 
-class PlainRehearsal(Unheard, DetectionTrainer):
-    """A training by Ultralytics alone."""
+def plain_rehearsal(task: Task) -> type[Any]:
+    """Return the trainer of a task by Ultralytics alone, unheard."""
+    return type("PlainRehearsal", (Unheard, task.trainer), {})
 
 
 class DistilledRehearsal(Unheard, CWDTrainer):

@@ -25,6 +25,7 @@ from scipy.stats import t as student_t
 
 from yolo_cwd import __version__
 from yolo_cwd.run.files import write_whole
+from yolo_cwd.tasks import TASKS, Score, Task
 from yolo_cwd.view.plots import COLOURS
 
 BASELINE = "plain"
@@ -47,8 +48,16 @@ def paired_interval(differences: list[float]) -> tuple[float, float] | None:
 
 def load_results(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """Return the teacher's scores, if known, and the scores of all complete runs."""
-    files = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted((folder / "results").glob("*.json"))}
-    return files.pop("teacher", None), list(files.values())
+    files = {f.stem: _read_scores(f) for f in sorted((folder / "results").glob("*.json"))}
+    teacher = files.pop("teacher", None)
+    return teacher, [scores for scores in files.values() if scores]
+
+
+def _read_scores(file: Path) -> dict[str, Any] | None:
+    scores: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8"))
+    if scores and "map50_95" in scores:  # written by version 0.1, for detectors alone
+        scores |= {"score": scores.pop("map50_95"), "second": scores.pop("map50")}
+    return scores
 
 
 def summarize(
@@ -56,6 +65,7 @@ def summarize(
     teacher: dict[str, Any] | None,
     results: list[dict[str, Any]],
     against: Mapping[str, str] | None = None,
+    task: Task = TASKS["detect"],
 ) -> dict[str, Any]:
     """Return the statistics of a comparison.
 
@@ -64,46 +74,49 @@ def summarize(
         teacher: The teacher's scores.
         results: The scores of the complete runs.
         against: By arm the one that it is compared with, where that is not `plain`.
+        task: The task, whose scores they are.
 
     Returns:
-        For each arm the number of runs, mean and standard deviation of mAP50-95 (0 to 1), mean mAP50, the paired
-        difference to the arm it is compared with and its interval, the share of the gap to the teacher that it closes,
-        the ratio of the training times, and the gain by class; and a verdict on the teacher.
+        For each arm the number of runs, mean and standard deviation of the score (0 to 1), mean of the second score,
+        the paired gain over the arm it is compared with and its interval (above 0 where the arm is better, whether
+        more or less of the score is), the share of the gap to the teacher that it closes, the ratio of the training
+        times, and the gain by class; and a verdict on the teacher.
     """
     by_arm = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for arm in arms}
     lines = {}
     for arm, runs in by_arm.items():
         if runs:
             other = (against or {}).get(arm, BASELINE)
-            lines[arm] = {"against": other, **_arm_statistics(runs, by_arm.get(other, {}), teacher)}
+            lines[arm] = {"against": other, **_arm_statistics(runs, by_arm.get(other, {}), teacher, task.score.sign)}
     return {
         "arms": lines,
         "teacher": teacher,
-        "verdict": verdict(teacher, lines.get(BASELINE)),
+        "scores": [task.score.label, task.second.label],
+        "verdict": verdict(teacher, lines.get(BASELINE), task.score),
         "versions": {"yolo_cwd": __version__, "ultralytics": ultralytics.__version__, "torch": torch.__version__},
     }
 
 
 def _arm_statistics(
-    runs: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], teacher: dict[str, Any] | None
+    runs: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], teacher: dict[str, Any] | None, sign: int
 ) -> dict[str, Any]:
-    scores = [r["map50_95"] for r in runs.values()]
+    scores = [r["score"] for r in runs.values()]
     shared = sorted(runs.keys() & base.keys())
-    differences = [runs[s]["map50_95"] - base[s]["map50_95"] for s in shared]
-    gap = teacher["map50_95"] - statistics.fmean(base[s]["map50_95"] for s in shared) if teacher and shared else 0.0
+    gains = [sign * (runs[s]["score"] - base[s]["score"]) for s in shared]
+    gap = sign * (teacher["score"] - statistics.fmean(base[s]["score"] for s in shared)) if teacher and shared else 0.0
     classes = sorted({c for s in shared for c in runs[s]["classes"].keys() & base[s]["classes"].keys()})
     return {
         "runs": len(runs),
         "seeds": sorted(runs),
-        "map50_95": statistics.fmean(scores),
+        "score": statistics.fmean(scores),
         "sd": statistics.stdev(scores) if len(scores) > 1 else None,
-        "map50": statistics.fmean(r["map50"] for r in runs.values()),
-        "difference": statistics.fmean(differences) if differences else None,
-        "interval": paired_interval(differences),
-        "gap_closed": statistics.fmean(differences) / gap if differences and gap > 0 else None,
+        "second": statistics.fmean(r["second"] for r in runs.values()),
+        "gain": statistics.fmean(gains) if gains else None,
+        "interval": paired_interval(gains),
+        "gap_closed": statistics.fmean(gains) / gap if gains and gap > 0 else None,
         "time_ratio": _ratio([runs[s]["seconds"] for s in shared], [base[s]["seconds"] for s in shared]),
         "class_gains": {
-            c: statistics.fmean(runs[s]["classes"].get(c, 0.0) - base[s]["classes"].get(c, 0.0) for s in shared)
+            c: sign * statistics.fmean(runs[s]["classes"].get(c, 0.0) - base[s]["classes"].get(c, 0.0) for s in shared)
             for c in classes
         },
     }
@@ -113,16 +126,16 @@ def _ratio(ours: list[float], theirs: list[float]) -> float | None:
     return sum(ours) / sum(theirs) if theirs else None
 
 
-def verdict(teacher: dict[str, Any] | None, plain: dict[str, Any] | None) -> str:
+def verdict(teacher: dict[str, Any] | None, plain: dict[str, Any] | None, score: Score) -> str:
     """Say in plain words whether this teacher has anything to teach."""
     if plain is None:
         return "Without an arm named plain there is nothing to compare with."
     if teacher is None:
-        return "The teacher has no score here: its classes are not those of the data."
-    lead = 100 * (teacher["map50_95"] - plain["map50_95"])
+        return "The teacher has no score here: its task or its classes are others."
+    lead = 100 * score.sign * (teacher["score"] - plain["score"])
     if lead <= 0:
         return f"The teacher is not better than the plain student ({lead:+.1f} points): it has nothing to teach here."
-    return f"The teacher leads the plain student by {lead:.1f} points of mAP50-95."
+    return f"The teacher leads the plain student by {lead:.1f} points of {score.label}."
 
 
 def write_summary(folder: Path) -> dict[str, Any]:
@@ -134,10 +147,11 @@ def write_summary(folder: Path) -> dict[str, Any]:
     record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
     teacher, results = load_results(folder)
     against = {name: options["against"] for name, options in record["arms"].items() if "against" in options}
-    summary = {"comparison": record, **summarize(list(record["arms"]), teacher, results, against)}
+    task = TASKS[record.get("task", "detect")]
+    summary = {"comparison": record, **summarize(list(record["arms"]), teacher, results, against, task)}
     lines = table(summary)
     write_whole(folder / "summary.json", json.dumps({**summary, "runs": results}, indent=1))
-    write_whole(folder / "summary.csv", _csv(results))
+    write_whole(folder / "summary.csv", _csv(results, summary["scores"]))
     write_whole(folder / "summary.md", _markdown(lines, summary))
     _draw(folder, summary, results)
     return summary
@@ -148,25 +162,26 @@ def _points(value: float | None, form: str = "+.1f") -> str:
 
 
 def table(summary: dict[str, Any]) -> list[list[str]]:
-    """Return the table of a summary, header first: mAP in points (0 to 100), times relative to `plain`."""
-    header = ["arm", "runs", "mAP50-95", "sd", "mAP50", f"vs {BASELINE}", "95 % interval", "gap closed", "time"]
+    """Return the table of a summary, header first: scores in points (0 to 100), times relative to `plain`."""
+    first, second = summary["scores"]
+    header = ["arm", "runs", first, "sd", second, f"vs {BASELINE}", "95 % interval", "gap closed", "time"]
     lines = [header]
     if teacher := summary["teacher"]:
         lines.append(
-            ["teacher", "", _points(teacher["map50_95"], ".1f"), "", _points(teacher["map50"], ".1f"), *[""] * 4]
+            ["teacher", "", _points(teacher["score"], ".1f"), "", _points(teacher["second"], ".1f"), *[""] * 4]
         )
     for name, arm in summary["arms"].items():
-        compared = name != arm["against"] and arm["difference"] is not None
+        compared = name != arm["against"] and arm["gain"] is not None
         against = "" if arm["against"] == BASELINE else f" ({arm['against']})"
         interval = arm["interval"] if compared else None
         lines.append(
             [
                 name,
                 str(arm["runs"]),
-                _points(arm["map50_95"], ".1f"),
+                _points(arm["score"], ".1f"),
                 _points(arm["sd"], ".1f"),
-                _points(arm["map50"], ".1f"),
-                _points(arm["difference"]) + against if compared else "",
+                _points(arm["second"], ".1f"),
+                _points(arm["gain"]) + against if compared else "",
                 f"{_points(interval[0])} to {_points(interval[1])}" if interval else "",
                 f"{arm['gap_closed']:.0%}" if compared and arm["gap_closed"] is not None else "",
                 f"{arm['time_ratio']:.2f}x" if arm["time_ratio"] else "",
@@ -186,12 +201,12 @@ def as_text(lines: list[list[str]]) -> str:
     )
 
 
-def _csv(results: list[dict[str, Any]]) -> str:
+def _csv(results: list[dict[str, Any]], labels: list[str]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["arm", "seed", "mAP50-95", "mAP50", "seconds"])
+    writer.writerow(["arm", "seed", *labels, "seconds"])
     for r in results:
-        writer.writerow([r["arm"], r["seed"], f"{r['map50_95']:.5f}", f"{r['map50']:.5f}", f"{r['seconds']:.1f}"])
+        writer.writerow([r["arm"], r["seed"], f"{r['score']:.5f}", f"{r['second']:.5f}", f"{r['seconds']:.1f}"])
     return stream.getvalue()
 
 
@@ -206,7 +221,7 @@ def _markdown(lines: list[list[str]], summary: dict[str, Any]) -> str:
     parts = [
         "\n".join([header, "|---" * len(lines[0]) + "|", *body]),
         summary["verdict"],
-        "Points of mAP50-95 by class against plain:\n\n" + "\n".join(gains) if gains else "",
+        f"Gain by class in points of {summary['scores'][0]}:\n\n" + "\n".join(gains) if gains else "",
         "Differences are paired over seeds; the interval is Student's t over them. Time is relative to plain.",
         f"Measured with {versions}.",
     ]
@@ -238,21 +253,25 @@ def _draw_curves(axes: Any, summary: dict[str, Any], results: list[dict[str, Any
         at = [[100 * curve[e - 1] for curve in curves] for e in epochs]
         axes.plot(epochs, [statistics.fmean(x) for x in at], color=colours[name], label=name)
         axes.fill_between(epochs, [min(x) for x in at], [max(x) for x in at], color=colours[name], alpha=0.15, lw=0)
-    axes.set(xlabel="epoch", ylabel="mAP50-95 on the val split (points)", title="Mean over seeds; band: least to most")
+    axes.set(
+        xlabel="epoch",
+        ylabel=f"{summary['scores'][0]} on the val split (points)",
+        title="Mean over seeds; band: least to most",
+    )
     if axes.lines:
         axes.legend()
 
 
 def _draw_scores(axes: Any, summary: dict[str, Any], results: list[dict[str, Any]], colours: dict[str, str]) -> None:
     for position, (name, arm) in enumerate(summary["arms"].items()):
-        scores = [100 * r["map50_95"] for r in results if r["arm"] == name]
+        scores = [100 * r["score"] for r in results if r["arm"] == name]
         axes.plot([position] * len(scores), scores, "o", color=colours[name], alpha=0.6)
-        axes.plot([position - 0.25, position + 0.25], [100 * arm["map50_95"]] * 2, color=colours[name], lw=2)
+        axes.plot([position - 0.25, position + 0.25], [100 * arm["score"]] * 2, color=colours[name], lw=2)
     axes.set_xticks(range(len(summary["arms"])), list(summary["arms"]))
     if teacher := summary["teacher"]:
-        axes.axhline(100 * teacher["map50_95"], color="0.4", ls="--", label="teacher")
+        axes.axhline(100 * teacher["score"], color="0.4", ls="--", label="teacher")
         axes.legend()
-    axes.set(ylabel="mAP50-95 (points)", title="One dot a seed; line: mean")
+    axes.set(ylabel=f"{summary['scores'][0]} (points)", title="One dot a seed; line: mean")
 
 
 def _draw_classes(axes: Any, summary: dict[str, Any], results: list[dict[str, Any]], colours: dict[str, str]) -> None:
@@ -266,6 +285,6 @@ def _draw_classes(axes: Any, summary: dict[str, Any], results: list[dict[str, An
         axes.bar(places, [100 * gains.get(c, 0.0) for c in classes], width, color=colours[name], label=name)
     axes.axhline(0, color="0.4", lw=1)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set(ylabel="difference to plain (points of mAP50-95)", title="Gain by class, mean over seeds")
+    axes.set(ylabel=f"gain over plain (points of {summary['scores'][0]})", title="Gain by class, mean over seeds")
     if shown:
         axes.legend()

@@ -3,6 +3,9 @@
 
 The scans are the 1,797 of the UCI "Optical Recognition of Handwritten Digits" test set (E. Alpaydin and C. Kaynak),
 8x8 pixels in 17 shades, which scikit-learn ships. Digits are 10 to 90 pixels high, so that P3, P4 and P5 all have work.
+
+The pictures are the same for every task, only the labels differ. `compose` makes a picture and tells what is in it, and
+a small function for each task makes labels of that.
 """
 
 from __future__ import annotations
@@ -10,13 +13,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import yaml
+
+from yolo_cwd.config import ConfigError
 
 NAME = "digits"
 VERSION = 1  # part of the folder's name: raise it with every change of what is built
@@ -24,11 +30,38 @@ SIZE = 128  # pixels, both sides of an image
 IMAGES = {"train": 1600, "val": 300}
 SEED = 0
 VAL_SHARE = 5  # every fifth scan of a class is for validation only
+INK = 0.25  # where a scan is darker, there is ink
+CLASSES = {number: str(number) for number in range(10)}
+BACKGROUND = len(CLASSES)  # of class maps: the class after the last digit, where Ultralytics has it with polygons too
+KEY_POINTS = {"top_left": (-1, -1), "top_right": (1, -1), "bottom_right": (1, 1), "bottom_left": (-1, 1)}
+FLIPPED = [1, 0, 3, 2]  # which key point each of them becomes in a mirrored image
+FAR = 20.0  # metres to the background
+METRES = 100.0  # distance of a digit one pixel high: as digits of one size look, 90 pixels are near and 10 are far
 
 Array = npt.NDArray[Any]
 
 
-def build(root: Path | None = None, images: dict[str, int] | None = None, seed: int = SEED) -> Path:
+class Digit(NamedTuple):
+    """One digit of an image.
+
+    Attributes:
+        number: Its class.
+        x: Left side of its box, in pixels.
+        y: Top of its box, in pixels.
+        ink: Where in its box there is ink, [h, w] bool; what later digits cover is in it.
+        tilt: The angle by which it is turned counter-clockwise, in degrees.
+    """
+
+    number: int
+    x: int
+    y: int
+    ink: Array
+    tilt: float
+
+
+def build(
+    root: Path | None = None, images: dict[str, int] | None = None, seed: int = SEED, task: str = "detect"
+) -> Path:
     """Build the data set unless it is there, and return the path of its YAML file.
 
     It is built under another name and renamed when complete, so that a killed build leaves nothing that looks like a
@@ -38,15 +71,22 @@ def build(root: Path | None = None, images: dict[str, int] | None = None, seed: 
         root: Folder to build in; by default the user's cache folder.
         images: Number of images by split.
         seed: The same seed gives the same images, bit for bit, with the same OpenCV.
+        task: Task of Ultralytics that the labels are for, one of `TASKS`; the images are the same for all of them.
+
+    Raises:
+        ConfigError: If there are no labels for the task; it is a `ValueError`.
     """
+    if task not in TASKS:
+        raise ConfigError(f"task={task}: data={NAME} is for {', '.join(TASKS)}; use one of these or other data")
     images = images or IMAGES
     counts = "-".join(str(n) for n in images.values())
-    folder = (root or _cache_folder()) / f"{NAME}-v{VERSION}-{counts}-{seed}"
+    name = NAME if task == "detect" else f"{NAME}-{task}"
+    folder = (root or _cache_folder()) / f"{name}-v{VERSION}-{counts}-{seed}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _write(unfinished, folder, images, seed)
+            _write(unfinished, folder, images, seed, task)
             unfinished.rename(folder)
         except OSError:
             if not folder.exists():  # otherwise another process was first, with the same content
@@ -57,28 +97,55 @@ def build(root: Path | None = None, images: dict[str, int] | None = None, seed: 
 
 
 def resolve(data: Any, task: str = "detect") -> Any:
-    """Return the argument `data` as it is, but for `digits` the path of the data set, built where needed."""
-    return str(build()) if data == NAME else data
+    """Return the argument `data` as it is, but for `digits` the path of the task's data set, built where needed.
+
+    Raises:
+        ConfigError: If `digits` has no labels for the task.
+    """
+    return str(build(task=task)) if data == NAME else data
 
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yolo_cwd"
 
 
-def _write(folder: Path, final: Path, images: dict[str, int], seed: int) -> None:
+def _write(folder: Path, final: Path, images: dict[str, int], seed: int, task: str) -> None:
     scans = scans_by_split()
     for number, (split, count) in enumerate(images.items()):
         rng = np.random.default_rng([seed, number])
-        for kind in ("images", "labels"):
-            (folder / kind / split).mkdir(parents=True)
+        pictures, labels = folder / "images" / split, folder / LABEL_FOLDERS.get(task, "labels") / split
+        pictures.mkdir(parents=True)
+        labels.mkdir(parents=True)
         for index in range(count):
-            image, rows = compose(scans[split], rng)
-            lines = [f"{digit} " + " ".join(f"{x:.6f}" for x in box) for digit, *box in rows]
-            cv2.imwrite(str(folder / "images" / split / f"{index:05d}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 92])
-            (folder / "labels" / split / f"{index:05d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    description = {"path": str(final), **{split: f"images/{split}" for split in images}}
-    names = {digit: str(digit) for digit in range(10)}
-    (folder / "digits.yaml").write_text(yaml.safe_dump({**description, "names": names}), encoding="utf-8")
+            image, digits = compose(scans[split], rng)
+            cv2.imwrite(str(pictures / f"{index:05d}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 92])
+            _write_labels(labels / f"{index:05d}", digits, task)
+    description = {"path": str(final), **{split: f"images/{split}" for split in images}, **_description(task)}
+    (folder / "digits.yaml").write_text(yaml.safe_dump(description), encoding="utf-8")
+
+
+def _write_labels(stem: Path, digits: list[Digit], task: str) -> None:
+    """Write the labels of one image: a map, or a line a digit."""
+    if task == "semantic":
+        cv2.imwrite(f"{stem}.png", class_map(digits))
+    elif task == "depth":
+        np.save(f"{stem}.npy", depth_map(digits))
+    else:
+        lines = [f"{digit.number} " + " ".join(f"{x:.6f}" for x in ROWS[task](digit).flat) for digit in digits]
+        Path(f"{stem}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _description(task: str) -> dict[str, Any]:
+    """Return what the YAML file tells of the labels."""
+    if task == "semantic":
+        return {"names": {**CLASSES, BACKGROUND: "background"}, "masks_dir": LABEL_FOLDERS[task]}
+    if task == "depth":
+        return {"names": {0: "depth"}}
+    if task == "pose":
+        shape = [len(KEY_POINTS), 2]
+        names = {number: list(KEY_POINTS) for number in CLASSES}
+        return {"names": CLASSES, "kpt_shape": shape, "flip_idx": FLIPPED, "kpt_names": names}
+    return {"names": CLASSES}
 
 
 def scans_by_split() -> dict[str, list[tuple[int, Array]]]:
@@ -94,7 +161,7 @@ def scans_by_split() -> dict[str, list[tuple[int, Array]]]:
     return splits
 
 
-def compose(scans: list[tuple[int, Array]], rng: np.random.Generator) -> tuple[Array, list[tuple[Any, ...]]]:
+def compose(scans: list[tuple[int, Array]], rng: np.random.Generator) -> tuple[Array, list[Digit]]:
     """Compose one image.
 
     Args:
@@ -102,14 +169,14 @@ def compose(scans: list[tuple[int, Array]], rng: np.random.Generator) -> tuple[A
         rng: Source of all that is random.
 
     Returns:
-        The image, [SIZE, SIZE, 3] uint8, and one row a digit: class, then box centre and size as fractions of SIZE.
+        The image, [SIZE, SIZE, 3] uint8, and its digits in the order in which they were drawn, large ones first.
     """
     image = _background(rng)
     covered = np.zeros((SIZE, SIZE), bool)
-    rows: list[tuple[Any, ...]] = []
+    digits: list[Digit] = []
     for height in sorted(_heights(rng), reverse=True):
-        digit, scan = scans[rng.integers(len(scans))]
-        ink = _render(scan, height, rng)
+        number, scan = scans[rng.integers(len(scans))]
+        ink, tilt = _render(scan, height, rng)
         place = _place(ink.shape, covered, rng)
         if place is None:
             continue
@@ -118,9 +185,9 @@ def compose(scans: list[tuple[int, Array]], rng: np.random.Generator) -> tuple[A
         window = image[y : y + h, x : x + w]
         window += alpha * (_ink_colour(window, rng) - window)
         covered[y : y + h, x : x + w] = True
-        rows.append((digit, (x + w / 2) / SIZE, (y + h / 2) / SIZE, w / SIZE, h / SIZE))
+        digits.append(Digit(number, x, y, ink > INK, tilt))
     image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.9)) + rng.normal(0, rng.uniform(2, 14), image.shape)
-    return np.clip(image, 0, 255).astype(np.uint8), rows
+    return np.clip(image, 0, 255).astype(np.uint8), digits
 
 
 def _heights(rng: np.random.Generator) -> Array:
@@ -137,17 +204,18 @@ def _background(rng: np.random.Generator) -> Array:
     return image.clip(0, 255)
 
 
-def _render(scan: Array, height: float, rng: np.random.Generator) -> Array:
-    """Return a scan's ink, 0 to 1, at about the given height in pixels, tilted, and cut to its box."""
+def _render(scan: Array, height: float, rng: np.random.Generator) -> tuple[Array, float]:
+    """Return a scan's ink, 0 to 1, at about the given height in pixels, tilted, and cut to its box; and the tilt."""
     scale = height / 8
     width = max(round(8 * scale * rng.uniform(0.8, 1.2)), 6)
     large = cv2.resize(scan, (width, max(round(8 * scale), 6)), interpolation=cv2.INTER_CUBIC)
     large = np.pad(large, max(round(height / 6), 1))  # room to tilt in
     rows, columns = large.shape
-    tilt = cv2.getRotationMatrix2D((columns / 2, rows / 2), rng.uniform(-12, 12), 1.0)
-    ink = np.clip(cv2.warpAffine(large, tilt, (columns, rows), flags=cv2.INTER_LINEAR), 0, 1)
-    ys, xs = np.nonzero(ink > 0.25)
-    return ink[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+    tilt = rng.uniform(-12, 12)
+    turn = cv2.getRotationMatrix2D((columns / 2, rows / 2), tilt, 1.0)
+    ink = np.clip(cv2.warpAffine(large, turn, (columns, rows), flags=cv2.INTER_LINEAR), 0, 1)
+    ys, xs = np.nonzero(ink > INK)
+    return ink[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1], tilt
 
 
 def _place(shape: tuple[int, ...], covered: Array, rng: np.random.Generator) -> tuple[int, int] | None:
@@ -169,3 +237,76 @@ def _ink_colour(window: Array, rng: np.random.Generator) -> Array:
     low, high = room[int(rng.random() < 0.5)] if min(mean - 50, 205 - mean) > 10 else room[int(mean < 128)]
     colour: Array = np.clip(rng.uniform(low, high) + rng.normal(0, 20, size=3), 0, 255)
     return colour
+
+
+def box(digit: Digit) -> Array:
+    """Return the centre and the size of a digit's box, as fractions of SIZE."""
+    h, w = digit.ink.shape
+    return np.array([digit.x + w / 2, digit.y + h / 2, w, h]) / SIZE
+
+
+def outline(digit: Digit) -> Array:
+    """Return the outline of a digit's ink as one polygon, [K, 2] fractions of SIZE.
+
+    Its parts and its holes are joined by cuts there and back. Ultralytics fills by the even-odd rule, which leaves the
+    holes open. It is traced at four times the size, so that it runs along the edges of the pixels.
+    """
+    fine = digit.ink.astype(np.uint8).repeat(4, axis=0).repeat(4, axis=1)
+    contours, _ = cv2.findContours(fine, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    polygon, *others = (contour[:, 0] for contour in contours)  # [K, 2] each
+    for other in others:
+        gaps = np.linalg.norm(polygon[:, None] - other, axis=2)
+        here, there = np.unravel_index(gaps.argmin(), gaps.shape)
+        around = np.roll(other, -there, axis=0)
+        polygon = np.concatenate([polygon[: here + 1], around, around[:1], polygon[here:]])
+    return ((polygon + 0.5) / 4 + (digit.x, digit.y)) / SIZE
+
+
+def oriented_box(digit: Digit) -> Array:
+    """Return the corners of the smallest box at any angle around a digit's ink, [4, 2] fractions of SIZE.
+
+    They may be outside the image where the digit is at its edge.
+    """
+    corners: Array = cv2.boxPoints(cv2.minAreaRect(outline(digit).astype(np.float32)))
+    return corners
+
+
+def key_points(digit: Digit) -> Array:
+    """Return the outermost ink towards each corner of the digit as it is without tilt, [4, 2] fractions of SIZE."""
+    ink = np.argwhere(digit.ink)[:, ::-1]  # [K, 2]: x and y of every pixel with ink
+    upright = ink @ cv2.getRotationMatrix2D((0, 0), -digit.tilt, 1)[:, :2].T
+    upright /= np.ptp(upright, axis=0) + 1  # so that width and height count alike
+    ends = (upright @ np.array(list(KEY_POINTS.values())).T).argmax(axis=0)
+    points: Array = (ink[ends] + 0.5 + (digit.x, digit.y)) / SIZE
+    return points
+
+
+def class_map(digits: list[Digit]) -> Array:
+    """Return the class of each pixel, [SIZE, SIZE] uint8."""
+    return _paint(np.full((SIZE, SIZE), BACKGROUND, np.uint8), digits, lambda digit: digit.number)
+
+
+def depth_map(digits: list[Digit]) -> Array:
+    """Return the distance of each pixel in metres, [SIZE, SIZE] float16: the larger a digit the nearer.
+
+    As an array, because older releases of Ultralytics read no PNG of it.
+    """
+    return _paint(np.full((SIZE, SIZE), FAR, np.float16), digits, lambda digit: METRES / len(digit.ink))
+
+
+def _paint(canvas: Array, digits: list[Digit], value: Callable[[Digit], float]) -> Array:
+    """Put a value where each digit has ink, later ones over earlier ones as in the image."""
+    for digit in digits:
+        h, w = digit.ink.shape
+        canvas[digit.y : digit.y + h, digit.x : digit.x + w][digit.ink] = value(digit)
+    return canvas
+
+
+ROWS: dict[str, Callable[[Digit], Array]] = {  # what a line of a label file has after the class
+    "detect": box,
+    "segment": outline,
+    "obb": oriented_box,
+    "pose": lambda digit: np.append(box(digit), key_points(digit)),
+}
+LABEL_FOLDERS = {"semantic": "masks", "depth": "depth"}  # tasks that have a map beside each image
+TASKS = (*ROWS, *LABEL_FOLDERS)

@@ -131,7 +131,7 @@ def verdict(teacher: dict[str, Any] | None, plain: dict[str, Any] | None, score:
     if plain is None:
         return "Without an arm named plain there is nothing to compare with."
     if teacher is None:
-        return "The teacher has no score here: its task or its classes are others."
+        return "The teacher has no score here: it is of another task, or of other classes."
     lead = 100 * score.sign * (teacher["score"] - plain["score"])
     if lead <= 0:
         return f"The teacher is not better than the plain student ({lead:+.1f} points): it has nothing to teach here."

@@ -22,10 +22,11 @@ from conftest import SHORT, STUDENT, narrow
 from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT, entrypoint
 
-from yolo_cwd import cli
+from yolo_cwd import cli, digits
 from yolo_cwd.config import OPTIONS, Settings, check_names, split_options
 from yolo_cwd.run.request import EXTRA_ARGUMENTS
 from yolo_cwd.study.compare import Comparison
+from yolo_cwd.tasks import ALL
 from yolo_cwd.trainer import CWDTrainer
 
 ROOT = Path(__file__).parent.parent
@@ -84,14 +85,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
         (folder / name).symlink_to(ROOT / name)
     for name in ("my.yaml", "coco.yaml", "coco8.yaml"):
         shutil.copy(data, folder / name)
+    for task in ALL[1:]:
+        build = digits.build(folder / "sets", {"train": 8, "val": 4}, task=task.name)
+        shutil.copy(build, folder / f"my{task.suffix}.yaml")
     (folder / "my-settings.yaml").write_text(yaml.safe_dump({"tau": 3.0, "cwd": 50}))
     text = "\n".join(page.read_text(encoding="utf-8") for page in [*SHORT_PAGES, *RECIPES])
-    names = set(re.findall(r"\b(yolo(?:v8|11)[nslmx])\b(?!\.yaml)", text))
-    for family in {name[:-1] for name in names}:
-        YOLO(narrow(f"{family}n.yaml", 0.5)).save(folder / f"{family}.pt")
-        for name in names:
-            if name[:-1] == family:
-                shutil.copy(folder / f"{family}.pt", folder / f"{name}.pt")
+    for family, size, task in set(re.findall(r"\b(yolo(?:v8|11|26))([nslmx])((?:-[a-z]+)?)\b(?![.-])", text)):
+        model = folder / f"{family}{task}-any.pt"
+        if not model.exists():
+            YOLO(narrow(f"{family}n{task}.yaml", 0.5)).save(model)
+        shutil.copy(model, folder / f"{family}{size}{task}.pt")
     classes = list(yaml.safe_load(Path(data).read_text())["names"].values())
     teacher = YOLO(STUDENT)
     teacher.model.names = dict(enumerate(classes))

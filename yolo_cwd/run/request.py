@@ -164,7 +164,6 @@ def refuse_unsupported(args: Any) -> None:
         ),
         ("mode", args.mode != "train", f"'yolo_cwd train' trains; use 'yolo {args.mode}'"),
         ("distill_model", args.distill_model is not None, "is Ultralytics' own distillation; use teacher= instead"),
-        ("quantize", args.quantize == 8, "training for int8 takes no teacher; quantize the student at export"),
         ("batch", args.batch < 1, "the memory estimate does not know the teacher; give a number of images, batch=16"),
         (
             "batch",

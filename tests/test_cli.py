@@ -269,7 +269,6 @@ BAD_INPUT = {
     "absent cfg": (["cfg=absent.yaml"], "cfg=absent.yaml: cannot be read"),
     "other task": (["task=segment"], "task=segment: only task=detect"),
     "built-in distillation beside ours": (["distill_model=yolov8s.pt"], "distill_model=yolov8s.pt: "),
-    "int8 training": (["quantize=8"], "quantize=8: "),
     "automatic batch": (["batch=-1"], "batch=-1: "),
     "absent devices": (["device=0,1", "batch=4"], "CUDA"),
     "batch that does not divide": (["device=0,1", "batch=3"], "batch=3: does not divide over 2 processes"),

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "cfg" / "recipes").glob("*.yaml"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LONG = {"evidence.md", "cost.md", "scale.md"}  # measurements
-OPTION_TABLES = [ROOT / "README.md", ROOT / "docs" / "options.md"]
+OPTION_TABLES = {ROOT / "README.md": 5, ROOT / "docs" / "options.md": len(OPTIONS)}  # with so many options each
 TINY = {name: value for name, value in SHORT.items() if name in {"imgsz", "batch", "epochs", "amp", "plots", "device"}}
 
 
@@ -177,8 +177,9 @@ def test_python_runs(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_tables_list_every_option_with_its_default(page: Path) -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \|([^|]*)\|", page.read_text(encoding="utf-8"), flags=re.MULTILINE))
     shown = {name: value.strip().strip("`") for name, value in rows.items() if name in OPTIONS}
-    expected = {name: str("" if o.default is None else o.default).lower() for name, o in OPTIONS.items()}
+    expected = {name: str("" if OPTIONS[name].default is None else OPTIONS[name].default).lower() for name in shown}
     assert {name: value.removesuffix(".0") for name, value in expected.items()} == shown
+    assert len(shown) == OPTION_TABLES[page]
 
 
 def test_messages_are_those_of_the_code() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import STUDENT, narrow
 from test_state import interrupted, resume
+from test_trainer import rows
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
@@ -103,3 +104,13 @@ def test_a_pruned_student_of_other_classes_is_refused(train: Train, tmp_path: Pa
 def test_a_whole_checkpoint_is_built_anew(train: Train, tmp_path: Path) -> None:
     YOLO(narrow("yolov8n.yaml")).save(tmp_path / "whole.pt")
     assert not train(model=str(tmp_path / "whole.pt")).reshaped
+
+
+def test_a_student_is_trained_for_int8(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed, which Ultralytics asks for")
+    trainer = train(quantize=8, epochs=2, cwd="balanced", adapter="fitted")
+    assert rows(trainer)[-1]["train/P3_loss"] > 0
+    trained = YOLO(trainer.last)
+    assert any("quantizer" in name for name, _ in trained.model.named_modules())
+    last = interrupted(train, tmp_path, 1, epochs=2, quantize=8)
+    assert [row["epoch"] for row in rows(resume(last))] == [1, 2]

@@ -49,7 +49,7 @@ class View(NamedTuple):
     student: Tensor
 
 
-def _drawn(draw: Callable[P, None]) -> Callable[P, None]:
+def drawn(draw: Callable[P, None]) -> Callable[P, None]:
     decorated: Callable[P, None] = plt_settings({"font.size": 11})(draw)  # Ultralytics' fonts and backend
     return decorated
 
@@ -150,7 +150,7 @@ def _show_maps(trainer: Any) -> list[View]:
     return views
 
 
-@_drawn
+@drawn
 def draw_levels(file: Path, curves: Curves) -> None:
     """Draw divergence, loss terms and shares of the gradient over the epochs."""
     from matplotlib import pyplot as plt
@@ -175,7 +175,7 @@ def draw_levels(file: Path, curves: Curves) -> None:
     plt.close(figure)
 
 
-@_drawn
+@drawn
 def draw_maps(file: Path, images: Tensor, views: Sequence[View], epoch: int) -> None:
     """Draw images beside the maps of teacher and student, a row an image and two columns a channel."""
     from matplotlib import pyplot as plt
@@ -204,7 +204,7 @@ def draw_maps(file: Path, images: Tensor, views: Sequence[View], epoch: int) -> 
     plt.close(figure)
 
 
-@_drawn
+@drawn
 def draw_channels(file: Path, start: Mapping[str, Tensor], views: Sequence[View], epoch: int) -> None:
     """Draw the distribution of the channels' divergence before and after training, a panel a level.
 

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What several models see in the same images, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from ultralytics import YOLO
+
+from yolo_cwd.view.plots import drawn
+
+SHOWN_SIZE = 480  # pixels of the longer side of an image: room for the names of classes
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """Return some items, spread evenly over a sequence: nobody has picked them."""
+    return [items[i] for i in sorted({i * len(items) // count for i in range(count)})]
+
+
+@drawn
+def draw_side_by_side(
+    file: Path,
+    images: Sequence[Path],
+    models: Mapping[str, Path | str],
+    size: int,
+    confidence: float = 0.25,
+    labels: bool = True,
+) -> None:
+    """Draw a row for each image and a column for each model, with what the model finds in it.
+
+    Args:
+        file: Where to.
+        images: The images.
+        models: Checkpoints by what stands above their column.
+        size: Pixels of the images that the models see.
+        confidence: The least confidence of what is drawn, 0 to 1.
+        labels: Whether the names of the classes are drawn; each has its colour anyway.
+    """
+    from matplotlib import pyplot as plt
+
+    enlarged = [_enlarge(cv2.imread(str(image))) for image in images]
+    rows, columns = len(images), len(models)
+    height = sum(image.shape[0] / image.shape[1] for image in enlarged)
+    figsize = (3 * columns, 3 * height + 0.6)
+    figure, grid = plt.subplots(rows, columns, figsize=figsize, layout="constrained", squeeze=False)
+    for column, (title, weights) in zip(grid.T, models.items(), strict=True):
+        found = YOLO(weights).predict(enlarged, imgsz=size, conf=confidence, verbose=False)
+        column[0].set_title(title)
+        for axes, result in zip(column, found, strict=True):
+            axes.imshow(result.plot(conf=False, labels=labels, line_width=2, font_size=10)[..., ::-1])
+            axes.set_axis_off()
+    figure.savefig(file, dpi=80)
+    plt.close(figure)
+
+
+def _enlarge(image: Any) -> np.ndarray[Any, Any]:
+    scale = SHOWN_SIZE / max(image.shape[:2])
+    return np.asarray(cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC))

@@ -50,7 +50,8 @@ class View(NamedTuple):
 
 
 def drawn(draw: Callable[P, None]) -> Callable[P, None]:
-    decorated: Callable[P, None] = plt_settings({"font.size": 11})(draw)  # Ultralytics' fonts and backend
+    """Let a function draw with Ultralytics' fonts and backend."""
+    decorated: Callable[P, None] = plt_settings({"font.size": 11})(draw)
     return decorated
 
 

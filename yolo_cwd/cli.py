@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from yolo_cwd import __version__
@@ -294,7 +295,7 @@ def parse(words: list[str]) -> dict[str, Any]:
                 key, value = parse_key_value_pair(word.rstrip(","))
             except (AssertionError, ValueError, SyntaxError) as error:
                 raise ConfigError(f"{word}: has no value; write it as key=value") from error
-            given[key] = value
+            given[key] = str(Path(value).expanduser()) if str(value).startswith("~/") else value
         elif isinstance(OPTIONS[word].default if word in OPTIONS else DEFAULT_CFG_DICT.get(word), bool):
             given[word] = True  # a bare switch, as 'yolo train cos_lr' has it
         else:

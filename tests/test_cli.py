@@ -182,6 +182,15 @@ def test_every_command_lists_its_own_arguments(command: str, capsys: pytest.Capt
     assert {name for name in own if re.search(rf"^  {name}  ", shown[0], re.MULTILINE)} == own
 
 
+def test_the_handler_of_a_program_around_the_command_is_put_back() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        main(["version"])
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )

@@ -105,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "help": help_,
         "version": version,
     }
-    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-        signal.signal(signal.SIGTERM, _terminate)
+    foremost = threading.current_thread() is threading.main_thread()  # Python allows signals nowhere else
+    before = signal.signal(signal.SIGTERM, _terminate) if foremost else None
     try:
         command, rest = command_of(sys.argv[1:] if argv is None else argv, commands)
         commands[command](rest)
@@ -121,8 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(str(interrupt) or "interrupted")
         return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if foremost:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     return 0
 
 

@@ -105,10 +105,12 @@ class ResumableTrainer(distributed.ProcessTrainer):
         if not adapters:
             yield
             return
-        group = optimizer.param_groups.pop()
+        groups = optimizer.param_groups
+        place = next(i for i, group in enumerate(groups) if any(p is adapters[0] for p in group["params"]))
+        group = groups.pop(place)
         state: dict[torch.Tensor, Any] = {p: optimizer.state.pop(p) for p in adapters if p in optimizer.state}
         try:
             yield
         finally:
-            optimizer.param_groups.append(group)
+            groups.insert(place, group)
             optimizer.state.update(state)

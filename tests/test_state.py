@@ -1,5 +1,6 @@
 """Going on after an interruption: nothing is lost, nothing is torn, nothing is trained twice."""
 
+import csv
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from test_trainer import TERMS, rows
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_cwd import ConfigError, CWDTrainer
@@ -328,3 +330,23 @@ def test_a_group_that_a_subclass_adds_is_saved_and_resumed(data: str, tmp_path: 
     resumed.train()
     assert [m["exp_avg"].shape for m in moments[:1]] == [(3, 5, 7)]
     assert all(m["step"] > 0 for m in moments)
+
+
+def test_rows_of_a_plain_resume_stand_under_their_own_names(train: Train, tmp_path: Path) -> None:
+    last = interrupted(train, tmp_path, 2, epochs=3)
+    table = last.parents[1] / "results.csv"
+    taught = table.read_text().splitlines()
+    trainer = DetectionTrainer(overrides={"resume": str(last), "val": True})
+    logged: dict[str, float] = {}
+
+    def note(trainer: DetectionTrainer) -> None:
+        logged.update(trainer.label_loss_items(trainer.tloss), **trainer.lr)
+
+    trainer.add_callback("on_fit_epoch_end", note)
+    trainer.train()
+    assert table.read_text().splitlines()[:3] == taught
+    with table.open() as file:
+        row = [*csv.DictReader(file)][2]
+    values = {name: float(value) for name, value in row.items() if value}
+    assert {name: values[name] for name in logged} == pytest.approx(logged, rel=1e-4)
+    assert values.keys() == {"epoch", "time", *logged, *(n for n in values if n.startswith(("metrics/", "val/")))}

@@ -91,6 +91,18 @@ def use_without_us(best: str, data: str, images: str) -> None:
     model.export(format="onnx", imgsz=64)
 
 
+def load_without_us(file: str) -> None:
+    """Load a model and take a loss of it, as where yolo_cwd is not installed."""
+    sys.modules["yolo_cwd"] = None  # type: ignore[assignment]
+    import torch
+
+    model = torch.load(file, weights_only=False)["model"].train()
+    batch = {"img": torch.rand(2, 3, 64, 64), "batch_idx": torch.tensor([0.0, 1.0])}
+    loss, items = model({**batch, "cls": torch.zeros(2, 1), "bboxes": torch.full((2, 4), 0.4)})
+    loss.sum().backward()
+    print(type(model.criterion).__module__, *items)
+
+
 def together(processes: int, function: str, *words: str, cwd: Path) -> list[Ended]:
     """Let so many processes join, as `torchrun` does: once one of them fails, it ends the others."""
     from ultralytics.utils.dist import find_free_network_port

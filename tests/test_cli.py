@@ -17,7 +17,7 @@ from processes import Started
 
 from yolo_cwd import __version__
 from yolo_cwd.cli import command_of, main, parse
-from yolo_cwd.config import OPTIONS, ConfigError
+from yolo_cwd.config import OPTIONS, ConfigError, Settings
 from yolo_cwd.run.request import read
 from yolo_cwd.run.resumable import ResumableTrainer
 from yolo_cwd.study.compare import OWN_ARGUMENTS
@@ -182,6 +182,15 @@ def test_every_command_lists_its_own_arguments(command: str, capsys: pytest.Capt
     assert {name for name in own if re.search(rf"^  {name}  ", shown[0], re.MULTILINE)} == own
 
 
+def test_the_handler_of_a_program_around_the_command_is_put_back() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        main(["version"])
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
@@ -275,6 +284,20 @@ BAD_INPUT = {
     "absent device": (["device=7"], "CUDA"),
     "bf16 on a CPU": (["amp=bf16"], "amp=bf16: "),
     "resume": (["resume=absent.pt"], "resume=absent.pt: no such checkpoint"),
+    "resume of a run by its name without a teacher": (
+        ["resume=True", "name=big", "teacher=None"],
+        "resume=True: model=yolov8n.yaml is no checkpoint to go on from; name one: resume model=runs/.../last.pt, or ",
+    ),
+    "resume without a run": (["resume=True", "student=None"], "resume=True: there is no run below this folder"),
+    "teacher that is a folder": (
+        ["teacher={folder}/unlabelled"],
+        "unlabelled: is a folder; name the model in it, such",
+    ),
+    "student that is a folder": (
+        ["student={folder}/unlabelled"],
+        "unlabelled: is a folder; name the model in it, such",
+    ),
+    "another mode": (["mode=val"], "mode=val: 'yolo_cwd train' trains; use 'yolo val'"),
     "everything frozen": (["freeze=100"], "freeze=100"),
 }
 
@@ -383,6 +406,19 @@ def test_a_fault_during_training_is_not_called_bad_input(data: str, tmp_path: Pa
     monkeypatch.setattr("yolo_cwd.method.loss.channel_wise_divergence", fail)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main(["train", f"teacher={TEACHER}", f"student={STUDENT}", f"data={data}", *SHORT, f"project={tmp_path}"])
+
+
+def test_the_home_folder_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse(["project=~/runs", "name=a~b"]) == {"project": str(tmp_path / "runs"), "name": "a~b"}
+    asked = read({}, {"teacher": "~/t", "student": Path("~/s.yaml"), "data": "d.yaml"})
+    assert (asked.settings.teacher, asked.args.model) == (str(tmp_path / "t.pt"), str(tmp_path / "s.yaml"))
+
+
+def test_a_folder_beside_a_checkpoint_of_its_name_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t.pt").touch()
+    assert Settings.parse({"teacher": tmp_path / "t"}).teacher == str(tmp_path / "t.pt")
 
 
 def test_parse_refuses_words_without_a_value() -> None:

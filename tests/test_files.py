@@ -4,18 +4,22 @@ import ast
 import errno
 import io
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from test_compare import result
+from ultralytics.utils import LOGGER
 
 from yolo_cwd.run import files
 from yolo_cwd.run.files import checkpoints_written_whole, drop_rows_after, optimizers_stripped_whole, write_whole
 from yolo_cwd.study import compare
+from yolo_cwd.study.rehearsal import passing_folder
 from yolo_cwd.tasks import TASKS
 from yolo_cwd.view.report import read_curves
 
@@ -70,9 +74,9 @@ def test_checkpoints_are_on_the_disk_before_they_have_their_names(
 
 
 def test_a_checkpoint_is_stripped_aside(flushed: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def strip(file: Path, s: str, updates: Any) -> str:
+    def strip(file: Any, s: str, updates: Any) -> str:
         assert (tmp_path / "best.pt").read_bytes() == b"with an optimizer"
-        file.write_bytes(b"without")
+        Path(file).write_bytes(b"without")
         return "stripped"
 
     monkeypatch.setattr(files.ultralytics_trainer, "strip_optimizer", strip)
@@ -82,6 +86,35 @@ def test_a_checkpoint_is_stripped_aside(flushed: list[bytes], tmp_path: Path, mo
     assert files.ultralytics_trainer.strip_optimizer is strip
     assert flushed == [b"without"]
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == {"best.pt": b"without"}
+
+
+def test_the_log_names_the_file_that_is_there(
+    checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, content in {"last.pt": (checkpoints / "small.pt").read_bytes(), "torn.pt": b"torn"}.items():
+        (tmp_path / name).write_bytes(content)
+        with optimizers_stripped_whole():
+            files.ultralytics_trainer.strip_optimizer(tmp_path / name)
+    assert f"Optimizer stripped from {tmp_path / 'last.pt'}, " in caplog.text
+    assert f"Skipping {tmp_path / 'torn.pt'}, " in caplog.text
+    assert "/.last.pt" not in caplog.text
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.pt", "torn.pt"]
+    assert torch.load(tmp_path / "last.pt", weights_only=False)["epoch"] == -1
+
+
+def test_what_threads_share_is_changed_by_the_first_and_restored_by_the_last() -> None:
+    """Two that begin and end in turns, as two trainings in threads do."""
+    strip, level, stdout = files.ultralytics_trainer.strip_optimizer, LOGGER.level, sys.stdout
+    for changed in (optimizers_stripped_whole, passing_folder):
+        first, second = changed(), changed()
+        for step in (first.__enter__, second.__enter__):
+            step()
+        during = files.ultralytics_trainer.strip_optimizer, LOGGER.level, sys.stdout
+        first.__exit__(None, None, None)
+        assert (files.ultralytics_trainer.strip_optimizer, LOGGER.level, sys.stdout) == during
+        assert during != (strip, level, stdout)
+        second.__exit__(None, None, None)
+        assert (files.ultralytics_trainer.strip_optimizer, LOGGER.level, sys.stdout) == (strip, level, stdout)
 
 
 @pytest.fixture

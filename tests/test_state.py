@@ -1,5 +1,6 @@
 """Going on after an interruption: nothing is lost, nothing is torn, nothing is trained twice."""
 
+import csv
 import os
 import signal
 import time
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import SHORT, TEACHER, Payload
+from conftest import SHORT, TAUGHT, TEACHER, Payload
 from processes import Started
 from test_trainer import TERMS, rows
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_cwd import ConfigError, CWDTrainer
@@ -275,3 +277,76 @@ def test_two_trainings_at_once(data: str, tmp_path: Path) -> None:
     tables = [(tmp_path / name / "results.csv").read_text().splitlines() for name in ("train", "train-2")]
     without_time = [[[*row.split(",")[:1], *row.split(",")[2:]] for row in table] for table in tables]
     assert without_time[0] == without_time[1]
+
+
+def test_a_model_that_a_callback_saves_loads_where_we_are_not(train: Train, tmp_path: Path) -> None:
+    file = tmp_path / "guest.pt"
+
+    def save(trainer: CWDTrainer) -> None:
+        assert trainer.criterion is trainer.model.criterion
+        torch.save({"model": trainer.model}, file)
+
+    train(epochs=2, callbacks={"on_train_batch_end": save, "on_train_epoch_end": save})
+    ended = Started("processes:load_without_us", str(file), cwd=tmp_path).wait()
+    assert ended.code == 0, ended.stderr
+    assert ended.stdout.split() == ["ultralytics.utils.loss", "box_loss", "cls_loss", "dfl_loss"]
+
+
+def test_a_group_that_a_subclass_adds_is_saved_and_resumed(data: str, tmp_path: Path) -> None:
+    class Guest(CWDTrainer):
+        def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+            optimizer = super().build_optimizer(model, *args, **kwargs)
+            self.extra = nn.Parameter(torch.ones(3, 5, 7))
+            optimizer.add_param_group({"params": [self.extra], "lr": 0.125, "param_group": "guest"})
+            return optimizer
+
+        def optimizer_step(self) -> None:
+            self.extra.grad = torch.ones_like(self.extra)
+            super().optimizer_step()
+
+    def stop(trainer: CWDTrainer) -> None:
+        if trainer.epoch == 1:
+            raise StopError
+
+    words = {**TAUGHT, **SHORT, "data": data, "project": str(tmp_path), "name": "run", "epochs": 3}
+    trainer = Guest(overrides=words)
+    trainer.add_callback("on_fit_epoch_end", stop)
+    with pytest.raises(StopError):
+        trainer.train()
+    last = tmp_path / "run" / "weights" / "last.pt"
+    saved = torch.load(last, weights_only=False)["optimizer"]
+    kinds = [group["param_group"] for group in trainer.optimizer.param_groups]
+    ours = len(kinds) - 2  # before the guest's
+    assert [group["param_group"] for group in saved["param_groups"]] == [k for i, k in enumerate(kinds) if i != ours]
+    assert saved["state"][saved["param_groups"][-1]["params"][0]]["exp_avg"].shape == (3, 5, 7)
+    assert saved["state"].keys() <= {i for group in saved["param_groups"] for i in group["params"]}
+    moments: list[Any] = []
+
+    def look(resumed: Guest) -> None:
+        moments.extend(resumed.optimizer.state[p] for p in (resumed.extra, *resumed.adapters.parameters()))
+
+    resumed = Guest(overrides={"resume": str(last)})
+    resumed.add_callback("on_train_start", look)
+    resumed.train()
+    assert [m["exp_avg"].shape for m in moments[:1]] == [(3, 5, 7)]
+    assert all(m["step"] > 0 for m in moments)
+
+
+def test_rows_of_a_plain_resume_stand_under_their_own_names(train: Train, tmp_path: Path) -> None:
+    last = interrupted(train, tmp_path, 2, epochs=3)
+    table = last.parents[1] / "results.csv"
+    taught = table.read_text().splitlines()
+    trainer = DetectionTrainer(overrides={"resume": str(last), "val": True})
+    logged: dict[str, float] = {}
+
+    def note(trainer: DetectionTrainer) -> None:
+        logged.update(trainer.label_loss_items(trainer.tloss), **trainer.lr)
+
+    trainer.add_callback("on_fit_epoch_end", note)
+    trainer.train()
+    assert table.read_text().splitlines()[:3] == taught
+    with table.open() as file:
+        row = [*csv.DictReader(file)][2]
+    values = {name: float(value) for name, value in row.items() if value}
+    assert {name: values[name] for name in logged} == pytest.approx(logged, rel=1e-4)
+    assert values.keys() == {"epoch", "time", *logged, *(n for n in values if n.startswith(("metrics/", "val/")))}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STUDENT, narrow
+from conftest import STUDENT, narrow, settled
 from test_state import interrupted, resume
 from test_trainer import rows
 from torch import nn
@@ -106,11 +106,14 @@ def test_a_whole_checkpoint_is_built_anew(train: Train, tmp_path: Path) -> None:
     assert not train(model=str(tmp_path / "whole.pt")).reshaped
 
 
-def test_a_student_is_trained_for_int8(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_student_is_trained_for_int8(train: Train, data: str, tmp_path: Path) -> None:
     pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed, which Ultralytics asks for")
-    trainer = train(quantize=8, epochs=2, cwd="balanced", adapter="fitted")
+    teacher = YOLO(STUDENT)
+    settled(teacher.model, data)
+    trainer = train(teacher=teacher, quantize=8, epochs=2, cwd="balanced", adapter="fitted")
     assert rows(trainer)[-1]["train/P3_loss"] > 0
     trained = YOLO(trainer.last)
     assert any("quantizer" in name for name, _ in trained.model.named_modules())
-    last = interrupted(train, tmp_path, 1, epochs=2, quantize=8)
+    teacher.save(tmp_path / "teacher.pt")
+    last = interrupted(train, tmp_path, 1, teacher=str(tmp_path / "teacher.pt"), epochs=2, quantize=8)
     assert [row["epoch"] for row in rows(resume(last))] == [1, 2]

@@ -1,14 +1,17 @@
 """The frozen teacher: without its head, faithful in every precision, and refused where it cannot be used."""
 
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Payload, narrow
 from torch import nn
 from ultralytics import YOLO
+from ultralytics.nn import tasks
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel
 
@@ -314,3 +317,32 @@ def test_trust_is_the_way_round(checkpoints: Path, tmp_path: Path) -> None:
     assert load_teacher(tmp_path / "custom.pt", trust=True).taps.keys() == {8, 16, 32}
     with pytest.raises(ConfigError):
         load_teacher(tmp_path / "custom.pt")  # the trust was for one file alone
+
+
+def test_other_threads_load_what_they_like_meanwhile(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = torch.load(checkpoints / "small.pt", weights_only=False)
+    content["model"].__class__ = CustomDetector
+    torch.save(content, tmp_path / "custom.pt")
+    begun, may_end = threading.Event(), threading.Event()
+    read = tasks.torch_load
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            may_end.wait(60)
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(tasks, "torch_load", slow)
+    other = threading.Thread(target=load_teacher, args=(checkpoints / "small.pt",))
+    other.start()
+    begun.wait(60)
+    try:
+        assert type(YOLO(tmp_path / "custom.pt").model) is CustomDetector
+        with pytest.raises(ConfigError):
+            load_teacher(tmp_path / "custom.pt")
+    finally:
+        may_end.set()
+        other.join(60)
+    assert not tasks.SAFE_LOAD

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from yolo_cwd import __version__
@@ -104,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "help": help_,
         "version": version,
     }
-    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-        signal.signal(signal.SIGTERM, _terminate)
+    foremost = threading.current_thread() is threading.main_thread()  # Python allows signals nowhere else
+    before = signal.signal(signal.SIGTERM, _terminate) if foremost else None
     try:
         command, rest = command_of(sys.argv[1:] if argv is None else argv, commands)
         commands[command](rest)
@@ -120,8 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(str(interrupt) or "interrupted")
         return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if foremost:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     return 0
 
 
@@ -294,7 +295,7 @@ def parse(words: list[str]) -> dict[str, Any]:
                 key, value = parse_key_value_pair(word.rstrip(","))
             except (AssertionError, ValueError, SyntaxError) as error:
                 raise ConfigError(f"{word}: has no value; write it as key=value") from error
-            given[key] = value
+            given[key] = str(Path(value).expanduser()) if str(value).startswith("~/") else value
         elif isinstance(OPTIONS[word].default if word in OPTIONS else DEFAULT_CFG_DICT.get(word), bool):
             given[word] = True  # a bare switch, as 'yolo train cos_lr' has it
         else:

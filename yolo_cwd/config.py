@@ -51,9 +51,7 @@ def unusable_model(argument: str, error: BaseException, remedy: str) -> ConfigEr
         error: What was raised.
         remedy: What to do.
     """
-    named = Path(argument.partition("=")[2])
-    reason = "is a folder" if named.is_dir() else "no such file" if _is_missing(error) else first_line(error)
-    return ConfigError(f"{argument}: {reason}; {remedy}")
+    return ConfigError(f"{argument}: {'no such file' if _is_missing(error) else first_line(error)}; {remedy}")
 
 
 def _is_missing(error: BaseException) -> bool:
@@ -289,11 +287,24 @@ def with_suffix(model: str) -> str:
     return model if Path(model).suffix else f"{model}.pt"
 
 
+def model_path(argument: str, value: str | Path) -> str:
+    """Return the path that names a model, with its suffix and the user's home filled in.
+
+    Raises:
+        ConfigError: If it is a folder.
+    """
+    path = Path(value).expanduser() if str(value).startswith("~/") else value
+    named = with_suffix(str(path))
+    if Path(path).is_dir() and not Path(named).is_file():
+        raise ConfigError(f"{argument}={value}: is a folder; name the model in it, such as {value}/weights/best.pt")
+    return named
+
+
 def _teacher(value: Any) -> Any:
     if value is None or value == "":
         raise ConfigError("teacher: missing; name the larger model to learn from, such as teacher=yolov8l.pt")
     if isinstance(value, str | Path):
-        return with_suffix(str(value))
+        return model_path("teacher", value)
     if isinstance(value, bool | int | float | list | tuple | dict):
         raise ConfigError(f"teacher={value}: not a model; give a name, a .pt or .yaml path, or a YOLO model")
     return value

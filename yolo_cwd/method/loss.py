@@ -338,3 +338,9 @@ class CWDLoss:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return a copy of the wrapped criterion alone: whoever copies the student gets a plain model."""
         return deepcopy(self.criterion, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the wrapped criterion alone: a student that is saved loads where yolo_cwd is not installed."""
+        return self.criterion.__reduce_ex__(
+            min(protocol, 1)
+        )  # those above 1 insist on the class of what they are given

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from itertools import cycle
 from pathlib import Path
@@ -17,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ultralytics import RTDETR, YOLO
-from ultralytics.nn import tasks
 from ultralytics.nn.modules import Conv
-from ultralytics.nn.tasks import BaseModel, load_checkpoint, yaml_model_load
+from ultralytics.nn.tasks import BaseModel, load_checkpoint, torch_safe_load, yaml_model_load
 from ultralytics.utils.checks import check_model_file_from_stem
 from ultralytics.utils.torch_utils import fuse_conv_and_bn, unwrap_model
 
@@ -316,17 +314,6 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
     return Teacher(deepcopy(model), argument)
 
 
-@contextmanager
-def _restricted_loading(on: bool) -> Iterator[None]:
-    """Let Ultralytics load checkpoints by torch's restricted loader, as its own environment variable does."""
-    before = tasks.SAFE_LOAD
-    tasks.SAFE_LOAD = on or before
-    try:
-        yield
-    finally:
-        tasks.SAFE_LOAD = before
-
-
 def _load(path: str, argument: str, trust: bool) -> nn.Module:
     suffix = Path(path).suffix.lower()
     try:
@@ -335,8 +322,10 @@ def _load(path: str, argument: str, trust: bool) -> nn.Module:
                 torch.manual_seed(0)
                 return _untrained(path)
         if suffix == ".pt":
-            with _restricted_loading(not trust):
-                model, _ = load_checkpoint(check_model_file_from_stem(path))
+            file = check_model_file_from_stem(path)
+            if not trust:
+                torch_safe_load(file, safe_only=True)  # for this file alone: a switch would hold for other threads too
+            model, _ = load_checkpoint(file)
             loaded: nn.Module = model
             return loaded
     except Exception as error:

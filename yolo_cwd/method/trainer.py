@@ -258,6 +258,11 @@ class DistillingTrainer(ResumableTrainer):
         """Return what the meter has measured, by which a resumed run goes on."""
         return self.criterion.meter.means.tolist() if self.criterion is not None else []
 
+    def own_columns(self) -> set[str]:
+        """Return the names of our columns in `results.csv`."""
+        kinds = self.criterion.columns.items() if self.criterion is not None else ()
+        return {"train/cwd_loss", WEIGHT_COLUMN, *(f"train/{name}_{kind}" for kind, names in kinds for name in names)}
+
     @property
     def weights_by_level(self) -> dict[str, float]:
         """The weight of every distilled level by its name, and of the class maps, before the overall weight."""

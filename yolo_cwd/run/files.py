@@ -7,12 +7,14 @@ import csv
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ultralytics.engine import trainer as ultralytics_trainer
+
+from yolo_cwd.run.shared import SharedChange
 
 PATIENCE = 2.0  # seconds to wait for a reader to close a file: Windows refuses to replace one that is open
 
@@ -59,23 +61,38 @@ def checkpoints_written_whole(trainer: Any) -> Iterator[None]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-@contextmanager
-def optimizers_stripped_whole() -> Iterator[None]:
-    """Let Ultralytics strip the finished checkpoints, which it does in place, without a moment at which one is torn."""
+class _Aside:
+    """The path of a file that is written aside, shown by the name that it will have."""
+
+    def __init__(self, unfinished: Path, file: Path) -> None:
+        self.unfinished, self.file = unfinished, file
+
+    def __fspath__(self) -> str:
+        return str(self.unfinished)
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+
+def _strip_whole() -> Callable[[], None]:
     strip = ultralytics_trainer.strip_optimizer
 
     def strip_whole(file: Path, s: str = "", updates: dict[str, Any] | None = None) -> Any:
         unfinished = file.with_name(f".{file.name}")
         shutil.copyfile(file, unfinished)
-        stripped = strip(unfinished, s, updates)
+        stripped = strip(_Aside(unfinished, file), s, updates)
         put(unfinished, file)
         return stripped
 
-    ultralytics_trainer.strip_optimizer = strip_whole
-    try:
-        yield
-    finally:
+    def undo() -> None:
         ultralytics_trainer.strip_optimizer = strip
+
+    ultralytics_trainer.strip_optimizer = strip_whole
+    return undo
+
+
+# Ultralytics strips the finished checkpoints, which it does in place, without a moment at which one is torn.
+optimizers_stripped_whole = SharedChange(_strip_whole)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -46,7 +46,7 @@ def unusable_student(arguments: Mapping[str, Any], error: BaseException) -> Conf
     if isinstance(pretrained, str | Path) and not Path(pretrained).is_file():
         return unusable_model(f"pretrained={pretrained}", error, "give an existing .pt checkpoint, or True")
     student = arguments.get("student") or arguments.get("model")
-    return unusable_model(f"student={student}", error, "give an existing .pt checkpoint or .yaml model of a detector")
+    return unusable_model(f"student={student}", error, "give an existing .pt checkpoint or .yaml model")
 
 
 def disk_is_full(error: BaseException) -> bool:

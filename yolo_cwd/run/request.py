@@ -12,7 +12,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK, colorstr
 from ultralytics.utils.files import get_latest_run
 from ultralytics.utils.torch_utils import parse_device
 
-from yolo_cwd.config import ConfigError, Settings, check_names, merge, read_cfg, split_options, with_suffix
+from yolo_cwd.config import ConfigError, Settings, check_names, merge, model_path, read_cfg, split_options
 from yolo_cwd.run.distributed import WORLD_SIZE
 from yolo_cwd.run.state import RunState, load_state
 from yolo_cwd.tasks import Task, task_of_student
@@ -51,7 +51,7 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
     Raises:
         ConfigError: If an option or an argument cannot be used.
     """
-    below = read_cfg(cfg) if isinstance(cfg, str | Path) else cfg2dict(cfg)
+    below = _below(cfg)
     options, arguments = split_options(overrides)
     base = split_options(below)[1]
     options = split_options(merge(below, overrides))[0]
@@ -86,11 +86,15 @@ def task_of(cfg: Any, overrides: dict[str, Any]) -> Task:
     Raises:
         ConfigError: If it cannot be trained.
     """
-    given = {**cfg2dict(cfg), **overrides}
+    given = merge(_below(cfg), overrides)
     student = given.get("student") or given.get("model")
     if resume := given.get("resume"):
         student = resume if isinstance(resume, str | Path) else student or get_latest_run()
-    return task_of_student(with_suffix(student) if isinstance(student, str) else student, given.get("task"))
+    return task_of_student(model_path(student) if isinstance(student, str | Path) else student, given.get("task"))
+
+
+def _below(cfg: Any) -> dict[str, Any]:
+    return read_cfg(cfg) if isinstance(cfg, str | Path) else dict(cfg2dict(cfg))
 
 
 def plain_options(settings: Settings, student: str, strides: Sequence[int]) -> dict[str, Any]:
@@ -120,10 +124,18 @@ def checkpoint_to_resume(resume: Any, model: Any) -> Path | None:
     """
     if not resume:
         return None
-    named = resume if isinstance(resume, str | Path) else model or get_latest_run()
-    if not named or not Path(named).is_file():
-        raise ConfigError(f"resume={named or resume}: no such checkpoint; name one: resume model=runs/.../last.pt")
-    return Path(named)
+    given = isinstance(resume, str | Path)
+    named = resume if given else model or get_latest_run()
+    if named and Path(named).is_file() and (given or Path(named).suffix == ".pt"):
+        return Path(named)
+    if given:
+        raise ConfigError(f"resume={resume}: no such checkpoint; name one: resume model=runs/.../last.pt")
+    if not model:
+        raise ConfigError(
+            f"resume={resume}: there is no run below this folder; name one: resume model=runs/.../last.pt"
+        )
+    reason = f"model={model} is no checkpoint to go on from; name one: resume model=runs/.../last.pt"
+    raise ConfigError(f"resume={resume}: {reason}, or give name= and teacher= to begin a run or go on with it")
 
 
 def _options_of_resumed_run(state: RunState, given: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +158,7 @@ def student_path(student: Any, model: Any, default: Any) -> str:
     chosen = student or model or default
     if not isinstance(chosen, str | Path):
         raise ConfigError(f"student={chosen}: missing; name the model to train, such as student=yolov8n.pt")
-    return with_suffix(str(chosen))
+    return model_path("student", chosen)
 
 
 def refuse_unsupported(args: Any) -> None:

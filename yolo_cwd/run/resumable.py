@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,14 @@ class ResumableTrainer(distributed.ProcessTrainer):
         with self._adapters_set_aside(), checkpoints_written_whole(self):
             return super().save_model()
 
+    def own_columns(self) -> Collection[str]:
+        """Return the names of the columns that `results.csv` has more than Ultralytics' own."""
+        return ()
+
     def save_metrics(self, metrics: dict[str, Any]) -> None:
-        """Append a row to `results.csv`."""
+        """Append a row to `results.csv`, our columns last: rows that plain Ultralytics adds end before them."""
+        ours = self.own_columns()
+        metrics = dict(sorted(metrics.items(), key=lambda item: item[0] in ours))
         if self.resume:
             widen(self.csv, ["epoch", "time", *metrics])
         super().save_metrics(metrics)
@@ -105,10 +111,12 @@ class ResumableTrainer(distributed.ProcessTrainer):
         if not adapters:
             yield
             return
-        group = optimizer.param_groups.pop()
+        groups = enumerate(optimizer.param_groups)
+        place = next(i for i, group in groups if any(p is adapters[0] for p in group["params"]))
+        group = optimizer.param_groups.pop(place)
         state: dict[torch.Tensor, Any] = {p: optimizer.state.pop(p) for p in adapters if p in optimizer.state}
         try:
             yield
         finally:
-            optimizer.param_groups.append(group)
+            optimizer.param_groups.insert(place, group)  # another list if a state has been loaded
             optimizer.state.update(state)

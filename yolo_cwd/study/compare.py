@@ -46,10 +46,10 @@ from yolo_cwd.config import (
     Settings,
     check_names,
     first_line,
+    model_path,
     read_yaml,
     split_options,
     unusable_data,
-    with_suffix,
 )
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.run.files import drop_rows_after, write_whole
@@ -160,7 +160,7 @@ class Comparison:
 
     def teacher_of(self, arm: Arm) -> str:
         """Return the checkpoint that an arm learns from, its own or that of all."""
-        return with_suffix(str(arm.arguments.get("teacher", self.teacher)))
+        return model_path("teacher", str(arm.arguments.get("teacher", self.teacher)))
 
     def result_file(self, name: str) -> Path:
         """Return the file that holds the scores of a complete run, or of the teacher."""

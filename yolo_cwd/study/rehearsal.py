@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from yolo_cwd.config import ConfigError
 from yolo_cwd.method.prepare import choose_precision
 from yolo_cwd.method.trainer import DistillingTrainer
 from yolo_cwd.run.refusal import refusal
+from yolo_cwd.run.shared import SharedChange
 from yolo_cwd.tasks import Task
 from yolo_cwd.trainer import CWDTrainer
 
@@ -52,17 +53,27 @@ class DistilledRehearsal(Unheard, CWDTrainer):
             choose_precision(self)
 
 
+def _be_silent() -> Callable[[], None]:
+    level, stdout = LOGGER.level, sys.stdout
+    LOGGER.setLevel("ERROR")
+    sys.stdout = sys.stderr  # progress bars are no findings
+
+    def undo() -> None:
+        LOGGER.setLevel(level)
+        sys.stdout = stdout
+        unset_deterministic()
+
+    return undo
+
+
+silence = SharedChange(_be_silent)  # Ultralytics tells of a training that is none
+
+
 @contextmanager
 def passing_folder() -> Iterator[Path]:
-    """Yield a folder for a rehearsal; Ultralytics, which tells of a training that is none, is silent meanwhile."""
-    level = LOGGER.level
-    LOGGER.setLevel("ERROR")
-    try:
-        with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:  # progress bars are no findings
-            yield Path(folder)
-    finally:
-        LOGGER.setLevel(level)
-        unset_deterministic()
+    """Yield a folder for a rehearsal, in silence."""
+    with silence(), tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def set_up(trainer_class: type[Any], words: dict[str, Any], folder: Path) -> Any:

@@ -90,7 +90,9 @@ def task_of(cfg: Any, overrides: dict[str, Any]) -> Task:
     student = given.get("student") or given.get("model")
     if resume := given.get("resume"):
         student = resume if isinstance(resume, str | Path) else student or get_latest_run()
-    return task_of_student(model_path(student) if isinstance(student, str | Path) else student, given.get("task"))
+    return task_of_student(
+        model_path("student", student) if isinstance(student, str | Path) else student, given.get("task")
+    )
 
 
 def _below(cfg: Any) -> dict[str, Any]:

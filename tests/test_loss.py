@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_cwd import CWDLoss, channel_wise_divergence
+from yolo_cwd import ChannelWiseDivergence, CWDLoss, channel_wise_divergence
 from yolo_cwd.method import loss as loss_module
 from yolo_cwd.method import parallel
 from yolo_cwd.method.fpn import Level
@@ -120,6 +120,16 @@ def test_no_gradient_reaches_the_teacher() -> None:
     assert teacher.grad is None
     assert student.grad is not None
     assert student.grad.abs().sum() > 0
+
+
+def test_the_module_is_the_function() -> None:
+    student, teacher = maps(2, 3, 4, 4, seed=40).requires_grad_(), maps(2, 3, 4, 4, seed=41)
+    module = ChannelWiseDivergence(tau=2.0)
+    assert torch.equal(module(student, teacher), channel_wise_divergence(student, teacher, 2.0))
+    assert str(module) == "ChannelWiseDivergence(tau=2)"
+    assert not list(module.parameters())
+    with pytest.raises(ValueError, match="tau=0: must be above 0"):
+        ChannelWiseDivergence(tau=0)
 
 
 def test_shapes_must_agree() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Channel-wise distillation for Ultralytics YOLO: a small detector learns from a larger one while it trains."""
+"""Channel-wise distillation for Ultralytics YOLO: a small model learns from a larger one while it trains."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from yolo_cwd.config import ConfigError
-    from yolo_cwd.method.loss import CWDLoss, channel_wise_divergence
+    from yolo_cwd.method.loss import ChannelWiseDivergence, CWDLoss, channel_wise_divergence
     from yolo_cwd.trainer import CWDTrainer
 
 __version__ = "0.1.0"
-__all__ = ["CWDLoss", "CWDTrainer", "ConfigError", "__version__", "channel_wise_divergence"]
+__all__ = ["CWDLoss", "CWDTrainer", "ChannelWiseDivergence", "ConfigError", "__version__", "channel_wise_divergence"]
 
 _HOMES = {
     "CWDLoss": "yolo_cwd.method.loss",
     "CWDTrainer": "yolo_cwd.trainer",
+    "ChannelWiseDivergence": "yolo_cwd.method.loss",
     "ConfigError": "yolo_cwd.config",
     "channel_wise_divergence": "yolo_cwd.method.loss",
 }

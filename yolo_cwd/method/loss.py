@@ -49,8 +49,34 @@ def channel_wise_divergence(student: Tensor, teacher: Tensor, tau: float = 1.0) 
     return divergence
 
 
+class ChannelWiseDivergence(nn.Module):
+    """`channel_wise_divergence` as a module, for a training loop of one's own."""
+
+    def __init__(self, tau: float = 1.0) -> None:
+        """Set the temperature.
+
+        Args:
+            tau: Temperature of the softmax, above 0.
+
+        Raises:
+            ValueError: If it is not above 0.
+        """
+        super().__init__()
+        if not tau > 0:
+            raise ValueError(f"tau={tau}: must be above 0, such as tau=1")
+        self.tau = tau
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the divergence of student maps [N, C, H, W] from teacher maps of the same shape, a scalar in nats."""
+        return channel_wise_divergence(student, teacher, self.tau)
+
+    def extra_repr(self) -> str:
+        """Return what is shown of it."""
+        return f"tau={self.tau:g}"
+
+
 class _Divergence(torch.autograd.Function):
-    """The divergence with its derivative in closed form, tau * (q - p) / (N C): one saved tensor instead of four."""
+    """The divergence with its derivative in closed form, tau * (q - p) / (N C): one saved tensor."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, tau: float) -> Tensor:

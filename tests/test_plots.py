@@ -200,7 +200,8 @@ def test_the_weights_course_in_words(options: dict[str, Any], words: str) -> Non
 
 def test_a_run_says_what_it_distils_and_what_came_of_it(train: Train, said: Callable[[], list[str]]) -> None:
     train(epochs=3, verbose=True, levels="P3,P4", level_weights=(1, 0.5), val=True, schedule="cosine")
-    first, advice, last = said()
+    first, untrained, advice, last = said()
+    assert untrained.startswith(f"teacher={TEACHER}: a model file has random weights, and teaches nothing")
     assert first == (
         f"yolov8n learns P3, P4 from {TEACHER} (1.1M parameters, fp32), weight 100 falling to 0 "
         "(cosine), tau 1, level weights 1 0.5"

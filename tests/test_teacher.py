@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Payload, narrow
+from conftest import STUDENT, Payload, narrow
 from torch import nn
+from torch.nn.utils import prune
 from ultralytics import YOLO
 from ultralytics.nn import tasks
 from ultralytics.nn.modules.head import Detect
@@ -202,7 +203,13 @@ def test_a_fused_teacher_still_has_its_levels() -> None:
         pytest.param("truncated.pt", "truncated", id="truncated"),
         pytest.param("empty.pt", "empty", id="empty"),
         pytest.param("picture.pt", "existing .pt checkpoint", id="no checkpoint at all"),
-        pytest.param("numbers.pt", "references types outside", id="a pickle without a model"),
+        pytest.param("numbers.pt", "holds weights only, no model; load them", id="a pickle without a model"),
+        pytest.param("state.pt", "holds weights only, no model; load them", id="a state dict"),
+        pytest.param("nothing.pt", "holds weights only, no model; load them", id="an empty dict"),
+        pytest.param("script.pt", "is a TorchScript archive; give the .pt checkpoint", id="TorchScript"),
+        pytest.param("page.pt", "is a web page, no checkpoint; download", id="a web page"),
+        pytest.param("pointer.pt", "is a pointer of Git LFS, no checkpoint; fetch", id="a pointer of Git LFS"),
+        pytest.param("bare.pt", "holds the layers of a model without the model", id="a bare module"),
     ],
 )
 def test_teachers_that_are_refused(checkpoints: Path, tmp_path: Path, source: str, message: str) -> None:
@@ -211,6 +218,12 @@ def test_teachers_that_are_refused(checkpoints: Path, tmp_path: Path, source: st
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "picture.pt").write_bytes(b"\x89PNG\r\n" + bytes(100))
     torch.save({"model": torch.zeros(3)}, tmp_path / "numbers.pt")
+    torch.save(YOLO(STUDENT).model.state_dict(), tmp_path / "state.pt")
+    torch.save({}, tmp_path / "nothing.pt")
+    torch.jit.script(nn.Conv2d(3, 3, 1)).save(tmp_path / "script.pt")
+    (tmp_path / "page.pt").write_text("\n<!DOCTYPE html><html>Not found</html>")
+    (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    torch.save(YOLO(STUDENT).model, tmp_path / "bare.pt")
     folder = checkpoints if (checkpoints / source).exists() else tmp_path
     path = str(folder / source)
     with pytest.raises(ConfigError) as error:
@@ -218,6 +231,21 @@ def test_teachers_that_are_refused(checkpoints: Path, tmp_path: Path, source: st
     assert str(error.value).startswith(f"teacher={path}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+    assert "trust_teacher" not in str(error.value), "it would change nothing"
+
+
+def test_a_masked_teacher_is_what_it_calculates() -> None:
+    model = YOLO(STUDENT).model.eval()
+    expected = [m.clone() for m in head_inputs(model, IMAGES)]
+    for layer in (model.model[0].conv, model.model[4].cv1.conv):
+        prune.l1_unstructured(layer, "weight", 0.5)
+    masked = head_inputs(model, IMAGES)
+    teacher = load_teacher(model)
+    teacher.settle(torch.device("cpu"))
+    teacher.calibrate("bf16", IMAGES)
+    teacher.calibrate("fp32", IMAGES)
+    for ours, theirs, before in zip(teacher(IMAGES), masked, expected, strict=True):
+        assert (ours.float() - theirs).norm() < 0.05 * theirs.norm() < (theirs - before).norm() + theirs.norm()
 
 
 @pytest.mark.parametrize(
@@ -304,7 +332,7 @@ def test_a_hostile_teacher_is_refused_and_nothing_in_it_runs(checkpoints: Path, 
         content[place] = Payload(marker)
     torch.save(content, file)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(ConfigError, match=r"teacher=.*hostile.pt: .*trust_teacher=True") as error:
+    with pytest.raises(ConfigError, match=r"teacher=.*hostile.pt: holds \S+, which .*trust_teacher=True") as error:
         load_teacher(file)
     assert sorted(tmp_path.iterdir()) == before
     assert "\n" not in str(error.value)

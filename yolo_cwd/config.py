@@ -65,7 +65,7 @@ def _plain_lines(error: BaseException) -> list[str]:
         if mark := getattr(cause, "problem_mark", None):
             return [f"line {mark.line + 1} is not YAML: {getattr(cause, 'problem', None) or 'it cannot be read'}"]
         cause = cause.__cause__ or cause.__context__
-    text = str(error)
+    text = f"{error} is missing in it, or unknown" if isinstance(error, KeyError) else str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)

@@ -10,18 +10,17 @@ from copy import deepcopy
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import is_zipfile
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ultralytics import RTDETR, YOLO
+from torch.nn.utils import prune
 from ultralytics.nn.modules import Conv
-from ultralytics.nn.tasks import BaseModel, load_checkpoint, torch_safe_load, yaml_model_load
-from ultralytics.utils.checks import check_model_file_from_stem
+from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils.torch_utils import fuse_conv_and_bn, unwrap_model
 
-from yolo_cwd.config import ConfigError, first_line, unusable_model
+from yolo_cwd.config import ConfigError, first_line
+from yolo_cwd.method.checkpoint import load_model
 from yolo_cwd.method.fpn import class_branches, image_channels, pyramid_taps
 from yolo_cwd.method.parallel import cores, in_parts
 
@@ -91,7 +90,7 @@ class Teacher(nn.Module):
         """
         super().__init__()
         self.argument = argument
-        body: Any = model.float().eval().requires_grad_(False)
+        body: Any = _without_masks(model).float().eval().requires_grad_(False)
         body.__dict__.pop("criterion", None)
         self.taps = pyramid_taps(body, argument)
         self.parameter_count = sum(p.numel() for p in body.parameters())
@@ -281,6 +280,15 @@ class _HeadInputs(nn.Module):
         return [*maps, *shown]
 
 
+def _without_masks(model: nn.Module) -> nn.Module:
+    """Make the pruning of a model permanent: its masks multiply weights that are calculated anew in every pass."""
+    for module in model.modules():
+        for name, _ in list(module.named_parameters(recurse=False)):
+            if name.endswith("_orig") and prune.is_pruned(module):
+                prune.remove(module, name.removesuffix("_orig"))  # type: ignore[no-untyped-call]
+    return model
+
+
 def _fuse(module: nn.Module) -> None:
     """Fold batch normalization into the convolutions of a part of a model, as Ultralytics does for a whole one."""
     for layer in module.modules():
@@ -304,7 +312,7 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
     """
     if isinstance(source, str | Path):
         argument = f"teacher={source}"
-        return Teacher(_load(str(source), argument, trust), argument)
+        return Teacher(load_model(str(source), argument, trust), argument)
     module = unwrap_model(source) if isinstance(source, nn.Module) else source
     argument = f"teacher={type(module).__name__}"
     inner = getattr(module, "model", None)
@@ -312,33 +320,3 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{argument}: not a model; give a name, a .pt or .yaml path, or a YOLO model")
     return Teacher(deepcopy(model), argument)
-
-
-def _load(path: str, argument: str, trust: bool) -> nn.Module:
-    suffix = Path(path).suffix.lower()
-    try:
-        if suffix in {".yaml", ".yml"}:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                return _untrained(path)
-        if suffix == ".pt":
-            file = check_model_file_from_stem(path)
-            if not trust:
-                torch_safe_load(file, safe_only=True)  # for this file alone: a switch would hold for other threads too
-            model, _ = load_checkpoint(file)
-            loaded: nn.Module = model
-            return loaded
-    except Exception as error:
-        remedy = "give an existing .pt checkpoint of a YOLO model"
-        if isinstance(error, TypeError) and not trust and is_zipfile(path):  # whole, yet refused
-            remedy += ", or if you trust the origin of this one, trust_teacher=True"
-        raise unusable_model(argument, error, remedy) from error
-    raise ConfigError(f"{argument}: the suffix {suffix} is none of .pt, .yaml; give a checkpoint or a model file")
-
-
-def _untrained(path: str) -> nn.Module:
-    """Return the model of a YAML file as it is built, of random weights."""
-    head = yaml_model_load(path)["head"][-1][2]
-    built: Any = RTDETR(path) if head == "RTDETRDecoder" else YOLO(path)
-    model: nn.Module = built.model
-    return model

@@ -10,6 +10,7 @@ from ultralytics.utils import LOGGER, RANK, YAML, colorstr
 
 from yolo_cwd.view import plots, report
 
+UNTRAINED = "a model file has random weights, and teaches nothing; give a checkpoint, such as yolov8l.pt"
 OTHER_CLASSES = "the teacher's classes are not those of the data; a teacher trained on such data teaches more"
 
 
@@ -30,6 +31,8 @@ def announce(trainer: Any) -> None:
     """Say what is distilled, and record the settings in `cwd.yaml`."""
     student, teacher = Path(trainer.state.options["student"]).stem, trainer.teacher
     _say(trainer, report.beginning(student, trainer))
+    if trainer.cwd.cwd and Path(teacher.label).suffix in {".yaml", ".yml"}:
+        LOGGER.warning(f"{colorstr('CWD:')} {teacher.argument}: {UNTRAINED}")
     if trainer.cwd.cwd and trainer.task.name != "depth" and teacher.names not in ({}, trainer.data["names"]):
         _say(trainer, OTHER_CLASSES)
     YAML.save(trainer.save_dir / "cwd.yaml", {**trainer.state.options, "teacher": teacher.label})

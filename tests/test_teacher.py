@@ -243,7 +243,6 @@ def test_a_masked_teacher_is_what_it_calculates() -> None:
     teacher = load_teacher(model)
     teacher.settle(torch.device("cpu"))
     teacher.calibrate("bf16", IMAGES)
-    teacher.calibrate("fp32", IMAGES)
     for ours, theirs, before in zip(teacher(IMAGES), masked, expected, strict=True):
         assert (ours.float() - theirs).norm() < 0.05 * theirs.norm() < (theirs - before).norm() + theirs.norm()
 

@@ -5,8 +5,21 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import STUDENT, TEACHER
+from ultralytics import YOLO
 
-from yolo_cwd.config import OPTIONS, ConfigError, Settings, check_names, level_name, split_options, with_suffix
+from yolo_cwd.config import (
+    OPTIONS,
+    ConfigError,
+    Settings,
+    check_names,
+    level_name,
+    split_options,
+    unusable_model,
+    with_suffix,
+)
+from yolo_cwd.run.request import student_path
+from yolo_cwd.trainer import CWDTrainer
 
 
 def settings(**options: object) -> Settings:
@@ -128,3 +141,42 @@ def test_the_readme_lists_every_option_with_its_default() -> None:
     shown = {name: value.strip().strip("`") for name, value in rows.items() if name in OPTIONS}
     expected = {name: str("" if o.default is None else o.default).lower() for name, o in OPTIONS.items()}
     assert {name: value.removesuffix(".0") for name, value in expected.items()} == shown
+
+
+REFUSALS = {
+    "teacher": lambda value: settings(teacher=value if isinstance(value, dict | list) else [value]),
+    "tau": lambda value: settings(tau=value),
+    "levels": lambda value: settings(levels=value),
+    "schedule": lambda value: settings(schedule=value),
+    "student": lambda value: student_path(value, "other.pt", None),
+    "unheard": lambda value: check_names({"unheard": value}, {"epochs"}),
+}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"epoch": "x" * 60_000}, "a\nb\n" * 900, ["x"] * 5000, object(), "short", "ä" * 400],
+    ids=lambda v: str(v)[:8],
+)
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_message_is_one_short_line_whatever_the_value(name: str, value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        REFUSALS[name](value)
+    message = str(error.value)
+    assert message.startswith(f"{name}=")
+    assert len(message) < 300
+    assert message == " ".join(message.split())
+    assert "; " in message or ": must be " in message, "the remedy is kept"
+
+
+def test_a_long_path_leaves_the_reason_and_the_remedy() -> None:
+    error = unusable_model(f"teacher={'folder/' * 90}t.pt", FileNotFoundError(), "give an existing .pt checkpoint")
+    assert str(error).endswith("folder/t.pt: no such file; give an existing .pt checkpoint")
+    assert len(str(error)) < 300
+
+
+def test_a_model_object_as_student_is_told_its_own_way() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^model=YOLO: takes the path of a model; to train a YOLO object call its train"
+    ):
+        CWDTrainer(overrides={"model": YOLO(STUDENT), "teacher": TEACHER, "data": "digits"})

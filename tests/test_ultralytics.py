@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import STUDENT, TEACHER
+from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.modules.head import Detect, v10Detect
@@ -85,3 +87,9 @@ def test_the_ema_is_built_before_the_criterion_is_wrapped(train: Callable[..., C
 
 def test_end_to_end_criteria_are_updated_once_an_epoch(train: Callable[..., CWDTrainer]) -> None:
     assert train(model="yolo26n.yaml", epochs=2).criterion.updates == 2
+
+
+def test_its_own_search_takes_no_trainer() -> None:
+    """Docs/limits.md says so, and that Ray Tune does."""
+    with pytest.raises(SyntaxError, match="'teacher' is not a valid YOLO argument"):
+        YOLO(STUDENT).tune(trainer=CWDTrainer, teacher=TEACHER, iterations=1, epochs=1)

@@ -20,12 +20,24 @@ SCHEDULES = ("constant", "linear", "cosine")
 ADAPTERS = ("fitted", "conv", "identity")
 BALANCED, AUTO = "balanced", "auto"  # values of cwd and of class_share beside numbers
 WEIGHT_COLUMN = "train/cwd_weight"  # of results.csv: the overall weight
+LONGEST, REMEDY = 299, 190  # characters of a message, and of its end that is kept
 SYNONYMS = {"student", "model"}
 TEACHER_DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
 class ConfigError(ValueError):
-    """Input that cannot be used; its message is one line that names the argument, the value and the remedy."""
+    """Input that cannot be used; its message is one line that names the argument, the value and the remedy.
+
+    Whatever the value is, the line has fewer than 300 characters: what is too long is cut out of its middle, since the
+    argument stands at the beginning and the remedy at the end.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        """Make one line of a message."""
+        line = " ".join(str(message).split())
+        if len(line) > LONGEST:
+            line = f"{line[: LONGEST - REMEDY - 5].rstrip()} ... {line[-REMEDY:].lstrip()}"
+        super().__init__(line)
 
 
 def first_line(error: BaseException) -> str:
@@ -306,7 +318,8 @@ def _teacher(value: Any) -> Any:
     if isinstance(value, str | Path):
         return model_path("teacher", value)
     if isinstance(value, bool | int | float | list | tuple | dict):
-        raise ConfigError(f"teacher={value}: not a model; give a name, a .pt or .yaml path, or a YOLO model")
+        shown = type(value).__name__ if isinstance(value, list | tuple | dict) else value
+        raise ConfigError(f"teacher={shown}: not a model; give a name, a .pt or .yaml path, or a YOLO model")
     return value
 
 

@@ -155,6 +155,10 @@ def student_path(student: Any, model: Any, default: Any) -> str:
     Raises:
         ConfigError: If both are given and differ, or if there is none.
     """
+    for name, value in {"student": student, "model": model}.items():
+        if value and not isinstance(value, str | Path):
+            reason = f"{name}={type(value).__name__}: takes the path of a model"
+            raise ConfigError(f"{reason}; to train a YOLO object call its train(trainer=CWDTrainer, teacher=...)")
     if student and model and str(student) != str(model):
         raise ConfigError(f"student={student}: model={model} names another one; give one of the two")
     chosen = student or model or default

@@ -1,5 +1,6 @@
 """The wheel, in an environment of its own; the demonstration, cut short."""
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -14,6 +15,7 @@ from yolo_cwd.config import OPTIONS
 from yolo_cwd.study import demo
 
 ROOT = Path(__file__).parent.parent
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +64,22 @@ def test_no_dependency_is_pinned_from_above() -> None:
     assert "torch>=2.4" in (ROOT / "pyproject.toml").read_text()
 
 
-def test_demo(tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo(
+    tmp_path: Path,
+    data: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     monkeypatch.setattr(demo, "TEACHER_SHARE", {"epochs": 1})
     monkeypatch.setattr(demo, "STUDENT_SHARE", {"epochs": 1, "fraction": 0.5})
-    monkeypatch.setattr(demo.digits, "build", lambda: data)
+    monkeypatch.setattr(demo.digits, "build", lambda images: Path(data))
     monkeypatch.setattr(demo, "get_save_dir", lambda args: tmp_path / "demo")
+    monkeypatch.setattr("ultralytics.utils.LOGGER.propagate", True)
     teacher, plain, distilled = demo.run()
+    said = [ANSI.sub("", record.getMessage()) for record in caplog.records]
+    assert "demo: training the teacher" in said
+    assert any(re.fullmatch(r"demo: training the distilled student, about \d+ s left", line) for line in said)
     assert teacher.parameters > 3 * plain.parameters
     assert plain.parameters == distilled.parameters
     assert plain.gflops == distilled.gflops
@@ -76,6 +88,10 @@ def test_demo(tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch, capsys
     assert f"The distilled student's weights: {distilled.weights}" in shown
     gain = 100 * (distilled.map50_95 - plain.map50_95)
     assert f"{gain:+.1f} points of mAP50-95" in shown
+    assert all((tmp_path / "demo" / name).stat().st_size > 1000 for name in ("found.png", "curves.png"))
+    assert len(distilled.curve) == 1
+    assert "found.png" in shown.splitlines()[-2]
+    assert shown.splitlines()[-1].startswith("This is one seed on made-up images.")
 
 
 @pytest.mark.slow

@@ -30,8 +30,8 @@ from yolo_cwd import digits
 from yolo_cwd.config import ConfigError
 from yolo_cwd.method.teacher import wait_for
 from yolo_cwd.study.advice import as_text, compare_classes, verdict
-from yolo_cwd.study.compare import knows, score
 from yolo_cwd.study.rehearsal import Unheard, passing_folder, set_up
+from yolo_cwd.study.score import knows, score
 from yolo_cwd.trainer import CWDTrainer
 
 MADE_UP = "made-up images"

@@ -31,10 +31,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg, get_save_dir, smart_value
-from ultralytics.data.utils import add_polygon_background
-from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, colorstr
 from ultralytics.utils.torch_utils import parse_device, strip_optimizer
@@ -49,15 +46,15 @@ from yolo_cwd.config import (
     model_path,
     read_yaml,
     split_options,
-    unusable_data,
 )
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.run.files import drop_rows_after, write_whole
 from yolo_cwd.run.refusal import unwritable
 from yolo_cwd.run.request import EXTRA_ARGUMENTS, refuse_unsupported, student_path
 from yolo_cwd.study.rehearsal import DistilledRehearsal, passing_folder, plain_rehearsal, set_up
+from yolo_cwd.study.score import classes_of_data, knows, score
 from yolo_cwd.study.summary import BASELINE, RECORD, as_text, table, write_summary
-from yolo_cwd.tasks import TASKS, Task, task_of_student
+from yolo_cwd.tasks import Task, task_of_student
 from yolo_cwd.trainer import CWDTrainer
 from yolo_cwd.view.report import read_rows
 
@@ -65,15 +62,6 @@ METHODS = ("plain", "cwd", "builtin")
 OWN_ARGUMENTS = {"arms", "seeds", "split", "folder"}
 SPLITS = ("val", "test", "train")
 POLL_SECONDS = 2.0
-OF_TRAINING = {
-    "model",
-    "mode",
-    "rect",
-    "compile",
-    "resume",
-    "save_dir",
-}  # arguments with no or another meaning in `val`
-SILENT = {"exist_ok": True, "plots": False, "verbose": False, "save_json": False, "save_txt": False, "cache": False}
 
 
 class Arm(NamedTuple):
@@ -458,64 +446,6 @@ def _seconds(rows: list[dict[str, float]]) -> float:
     """Return the time of all epochs in `results.csv`, whose clock starts anew where a run was resumed."""
     times = [row["time"] for row in rows]
     return sum(now for now, following in pairwise([*times, 0.0]) if following < now)
-
-
-def score(weights: Path | str, arguments: dict[str, Any], split: str, folder: Path) -> dict[str, Any]:
-    """Return the two scores of a checkpoint for its task, and the first by class, as Ultralytics' `val` finds them.
-
-    Args:
-        weights: The checkpoint.
-        arguments: All arguments of its training; those that matter to a score count here too.
-        split: The split to score it on.
-        folder: For Ultralytics' own use.
-    """
-    _, arguments = split_options(arguments)
-    arguments = {name: value for name, value in arguments.items() if name not in OF_TRAINING}
-    model = YOLO(weights)
-    task = TASKS[model.task]
-    metrics = model.val(**{**arguments, **SILENT, "project": str(folder), "name": "score", "split": split})
-    values = metrics.results_dict
-    return {
-        "score": float(values[task.score.column]),
-        "second": float(values[task.second.column]),
-        "classes": _by_class(metrics, task),
-    }
-
-
-def _by_class(metrics: Any, task: Task) -> dict[str, float]:
-    """Return the task's score by class, of the classes that occur."""
-    if task.name == "depth":
-        return {}
-    if task.name == "semantic":
-        return {metrics.names[c]: float(metrics.class_result(i)[0]) for i, c in enumerate(metrics.ap_class_index)}
-    part = {"segment": "seg", "pose": "pose"}.get(task.name, "box")
-    found = getattr(metrics, part)
-    return {metrics.names[c]: float(found.maps[c]) for c in found.ap_class_index}
-
-
-def classes_of_data(arguments: dict[str, Any], split: str, task: Task) -> dict[int, str]:
-    """Return the classes of the data as a training with these arguments sees them, by Ultralytics' own rule.
-
-    Raises:
-        ConfigError: If the data cannot be used, or have no such split.
-    """
-    args = get_cfg(DEFAULT_CFG_DICT, {**split_options(arguments)[1], "split": split})
-    try:
-        data = BaseTrainer.get_dataset(SimpleNamespace(args=args))
-    except RuntimeError as error:
-        raise unusable_data(args.data, error.__cause__ or error) from error
-    if task.name == "semantic":
-        data = add_polygon_background(data)
-    if not data.get(split):
-        raise ConfigError(f"split={split}: data={args.data} names no images for it; give split=val")
-    names: dict[int, str] = data["names"]
-    return names
-
-
-def knows(model: str, task: Task, classes: dict[int, str]) -> bool:
-    """Return whether a checkpoint is one of a task, and of these classes, so that it has a score there."""
-    trained = YOLO(model)
-    return bool(trained.task == task.name and (task.name == "depth" or trained.names == classes))
 
 
 def score_teacher(comparison: Comparison, classes: dict[int, str]) -> None:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The score of a checkpoint, as Ultralytics' own `val` finds it with the arguments of the training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ultralytics import YOLO
+from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
+from ultralytics.data.utils import add_polygon_background
+from ultralytics.engine.trainer import BaseTrainer
+
+from yolo_cwd.config import ConfigError, split_options, unusable_data
+from yolo_cwd.tasks import TASKS, Task
+
+OF_TRAINING = {
+    "model",
+    "mode",
+    "rect",
+    "compile",
+    "resume",
+    "save_dir",
+}  # arguments with no or another meaning in `val`
+SILENT = {"exist_ok": True, "plots": False, "verbose": False, "save_json": False, "save_txt": False, "cache": False}
+
+
+def score(weights: Path | str, arguments: dict[str, Any], split: str, folder: Path) -> dict[str, Any]:
+    """Return the two scores of a checkpoint for its task, and the first by class, as Ultralytics' `val` finds them.
+
+    Args:
+        weights: The checkpoint.
+        arguments: All arguments of its training; those that matter to a score count here too.
+        split: The split to score it on.
+        folder: For Ultralytics' own use.
+    """
+    _, arguments = split_options(arguments)
+    arguments = {name: value for name, value in arguments.items() if name not in OF_TRAINING}
+    model = YOLO(weights)
+    task = TASKS[model.task]
+    metrics = model.val(**{**arguments, **SILENT, "project": str(folder), "name": "score", "split": split})
+    values = metrics.results_dict
+    return {
+        "score": float(values[task.score.column]),
+        "second": float(values[task.second.column]),
+        "classes": _by_class(metrics, task),
+    }
+
+
+def _by_class(metrics: Any, task: Task) -> dict[str, float]:
+    """Return the task's score by class, of the classes that occur."""
+    if task.name == "depth":
+        return {}
+    if task.name == "semantic":
+        return {metrics.names[c]: float(metrics.class_result(i)[0]) for i, c in enumerate(metrics.ap_class_index)}
+    part = {"segment": "seg", "pose": "pose"}.get(task.name, "box")
+    found = getattr(metrics, part)
+    return {metrics.names[c]: float(found.maps[c]) for c in found.ap_class_index}
+
+
+def classes_of_data(arguments: dict[str, Any], split: str, task: Task) -> dict[int, str]:
+    """Return the classes of the data as a training with these arguments sees them, by Ultralytics' own rule.
+
+    Raises:
+        ConfigError: If the data cannot be used, or have no such split.
+    """
+    args = get_cfg(DEFAULT_CFG_DICT, {**split_options(arguments)[1], "split": split})
+    try:
+        data = BaseTrainer.get_dataset(SimpleNamespace(args=args))
+    except RuntimeError as error:
+        raise unusable_data(args.data, error.__cause__ or error) from error
+    if task.name == "semantic":
+        data = add_polygon_background(data)
+    if not data.get(split):
+        raise ConfigError(f"split={split}: data={args.data} names no images for it; give split=val")
+    names: dict[int, str] = data["names"]
+    return names
+
+
+def knows(model: str, task: Task, classes: dict[int, str]) -> bool:
+    """Return whether a checkpoint is one of a task, and of these classes, so that it has a score there."""
+    trained = YOLO(model)
+    return bool(trained.task == task.name and (task.name == "depth" or trained.names == classes))

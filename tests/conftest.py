@@ -125,14 +125,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train(data: str, tmp_path: Path) -> Callable[..., CWDTrainer]:
-    """Run a short distilled training; keywords override its arguments."""
+    """Run a short distilled training; keywords override its arguments. `final` is for Ultralytics' last validation."""
 
-    def run(**overrides: Any) -> CWDTrainer:
+    def run(final: bool = False, **overrides: Any) -> CWDTrainer:
         callbacks = overrides.pop("callbacks", {})
         project = str(tmp_path / "runs")
         trainer = CWDTrainer(overrides={**TAUGHT, **SHORT, "data": data, "project": project, **overrides})
         for event, callback in callbacks.items():
             trainer.add_callback(event, callback)
+        if not final:
+            trainer.final_eval = lambda: None
         trainer.train()
         return trainer
 
@@ -146,6 +148,7 @@ def train_plain(data: str, tmp_path: Path) -> Callable[..., DetectionTrainer]:
     def run(**overrides: Any) -> DetectionTrainer:
         project = str(tmp_path / "runs")
         trainer = DetectionTrainer(overrides={**SHORT, "data": data, "project": project, **overrides})
+        trainer.final_eval = lambda: None
         trainer.train()
         return trainer
 

@@ -18,6 +18,7 @@ from yolo_cwd.cli import main
 from yolo_cwd.config import ConfigError
 from yolo_cwd.study import compare
 from yolo_cwd.study.compare import Comparison, parse_arms, parse_seeds
+from yolo_cwd.study.score import SILENT
 from yolo_cwd.study.summary import as_text, paired_interval, summarize, table, write_summary
 from yolo_cwd.view.report import read_rows
 
@@ -391,7 +392,7 @@ def test_a_score_is_that_of_val_with_the_arguments_of_the_run(
     assert found["two-0"]["classes"].keys() == {"3", "4"}
     for run, given in zip(("one", "two"), scored[-2:], strict=True):
         asked = {**SHORT, **shared, **own[run], "data": data}
-        asked = {name: value for name, value in asked.items() if name not in {"method", "tau", *compare.SILENT}}
+        asked = {name: value for name, value in asked.items() if name not in {"method", "tau", *SILENT}}
         assert {name: given.get(name) for name in asked} == asked
         theirs = val(YOLO(found[f"{run}-0"]["weights"]), **asked, plots=False, project=str(tmp_path / "val"))
         assert theirs.box.map == found[f"{run}-0"]["score"]

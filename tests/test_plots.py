@@ -198,10 +198,12 @@ def test_the_weights_course_in_words(options: dict[str, Any], words: str) -> Non
     assert Settings.parse({"teacher": "t", **options}).course() == words
 
 
-def test_a_run_says_what_it_distils_and_what_came_of_it(train: Train, said: Callable[[], list[str]]) -> None:
+def test_a_run_says_what_it_distils_and_what_came_of_it(
+    train: Train, said: Callable[[], list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
     train(epochs=3, verbose=True, levels="P3,P4", level_weights=(1, 0.5), val=True, schedule="cosine")
-    first, untrained, advice, last = said()
-    assert untrained.startswith(f"teacher={TEACHER}: a model file has random weights, and teaches nothing")
+    assert f"teacher={TEACHER}: a model file has random weights, and teaches nothing" in caplog.text
+    first, advice, last = said()
     assert first == (
         f"yolov8n learns P3, P4 from {TEACHER} (1.1M parameters, fp32), weight 100 falling to 0 "
         "(cosine), tau 1, level weights 1 0.5"
@@ -226,4 +228,4 @@ def test_the_progress_bar_is_narrow(train: Train, capsys: pytest.CaptureFixture[
     assert header.split() == ["Epoch", "GPU_mem", "box_loss", "cls_loss", "dfl_loss", "cwd_loss", "Instances", "Size"]
     assert described
     assert {len(line) for line in (header, *described)} == {88}
-    assert [f"train/{term}" for term in TERMS] == list(rows(trainer)[0])[5:9], "the levels are in results.csv"
+    assert {f"train/{term}" for term in TERMS} <= rows(trainer)[0].keys(), "the levels are in results.csv"

@@ -17,10 +17,8 @@ from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolo_cwd import CWDTrainer, digits
-from yolo_cwd.config import ConfigError, Settings
+from yolo_cwd.config import Settings
 from yolo_cwd.pool import store
-from yolo_cwd.pool.images import list_images
-from yolo_cwd.pool.labels import painted
 
 MODELS = {
     "detect": "yolov8n.yaml",

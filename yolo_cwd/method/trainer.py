@@ -93,7 +93,7 @@ class DistillingTrainer(ResumableTrainer):
             self.teacher = load_teacher(self.cwd.teacher, self.cwd.trust_teacher)
             arguments["data"] = digits.resolve(arguments.get("data", asked.base["data"]), self.task.name)
         given = get_cfg(asked.base, arguments)
-        self.pool = self.label(given) if self.cwd.unlabeled else None
+        self.pool = self.label_pool(given) if self.cwd.unlabeled else None
         self.levels: list[Level] = []
         self.level_weights: list[float] = []
         self.classes: list[int] = []
@@ -289,7 +289,7 @@ class DistillingTrainer(ResumableTrainer):
         weight = {WEIGHT_COLUMN: self.criterion.weight / self.cwd.cwd_every}
         return {**labels, **kinds["loss"], **ours, **weight, **kinds["share"], **kinds["nats"]}
 
-    def label(self, args: Any) -> store.Pool | None:
+    def label_pool(self, args: Any) -> store.Pool | None:
         """Let the teacher label the images of `unlabeled`."""
         return store.prepare(self.cwd, self.task.name, args)
 

@@ -47,10 +47,16 @@ class Survey(NamedTuple):
     held_out: int = 0
     labelled: int = 0
 
-    def left_out(self) -> str:
-        """Return in words what has been left out, nothing if there was nothing."""
-        parts = {"unreadable": self.unreadable, "there twice": self.duplicates, "in the training data": self.labelled}
-        return ", ".join(f"{count} {reason}" for reason, count in parts.items() if count)
+    def told(self) -> str:
+        """Return in words what is in it, and what has been left out."""
+        parts = {
+            "unreadable": self.unreadable,
+            "there twice": self.duplicates,
+            "among the training images": self.labelled,
+            "among the images that are scored on": self.held_out,
+        }
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in parts.items() if count)
+        return f"{len(self.images):,} images can be used{left_out and f'; left out: {left_out}'}"
 
 
 def list_images(sources: Iterable[str], argument: str = "") -> list[Path]:
@@ -193,14 +199,10 @@ def evenly(images: Sequence[Path], most: int) -> list[Path]:
 
 
 def say_what_is_left_out(found: Survey) -> None:
-    """Log a line on images that are left out, and a warning on those that the models would be scored on."""
-    if words := found.left_out():
-        LOGGER.info(f"{colorstr('CWD:')} images without labels that are left out: {words}")
-    if found.held_out:
-        LOGGER.warning(
-            f"{colorstr('CWD:')} {found.held_out} images without labels are among those that the models are scored "
-            "on, and are left out"
-        )
+    """Log a line if images are left out; a warning if the models would be scored on some of them."""
+    if any(found[1:]):
+        say = LOGGER.warning if found.held_out else LOGGER.info
+        say(f"{colorstr('CWD:')} of those without labels {found.told()}")
 
 
 def _with_progress(results: Iterable[Any], total: int, doing: str) -> list[Any]:

@@ -60,6 +60,7 @@ VERSION = 1  # part of the key: raise it with every change of what is written
 OF_DATA = ("data", "imgsz", "single_cls", "fraction", "split")  # arguments that a resumed run takes from its checkpoint
 PAINTABLE = {1, 3}  # channels of images that can be written as they were read
 WRITABLE = {".jpg", ".jpeg", ".png", ".bmp"}  # suffixes of images that OpenCV writes as well as it reads them
+MAPS = {"semantic", "depth"}  # tasks in which every pixel has a label
 QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 95]
 
 
@@ -67,6 +68,7 @@ class Found(NamedTuple):
     """What is in a pool, as plain values.
 
     Attributes:
+        task: What they are labelled for.
         images: Number of images that are trained on.
         objects: Number of objects by class, of images with a class in every pixel where these have it.
         empty: Number of images without any.
@@ -74,6 +76,7 @@ class Found(NamedTuple):
         confidence: Mean confidence of the objects; 0 without any.
     """
 
+    task: str
     images: int
     objects: dict[str, int]
     empty: int
@@ -165,28 +168,27 @@ def _as_begun(args: Any) -> Any:
     return _copy(args, **{name: begun[name] for name in OF_DATA if name in begun})
 
 
-def count(settings: Settings, data: Mapping[str, Any] | None, fraction: Any = 1.0) -> Survey:
+def count(settings: Settings, args: Any) -> Survey:
     """Return which images of the pool can be used, without labelling them.
 
     Args:
         settings: The checked options.
-        data: The data set, if there is one.
-        fraction: The share of its training images that is trained on.
+        args: The arguments of the training. Data that are not there have no images.
 
     Raises:
         ConfigError: If there is none.
     """
+    data = data_of(args) if args.data and Path(str(args.data)).exists() else {}
+    split = images_of_data(data)
     images = list_images(settings.unlabeled, "unlabeled")
-    split = images_of_data(dict(data or {}))
-    return _chosen(settings, images, split, len(_share(split.train, fraction)))
+    return _chosen(settings, images, split, len(_share(split.train, args.fraction)))
 
 
 def _chosen(settings: Settings, images: Sequence[Path], split: Split, labelled: int) -> Survey:
     found = survey(images, split)
     if not found.images:
-        left_out = [found.left_out(), f"{found.held_out} held out" if found.held_out else ""]
-        reason = ", ".join(filter(None, left_out)) or "there is none"
-        raise ConfigError(f"unlabeled={_shown(settings)}: has no usable image ({reason}); give other images")
+        reason = found.told() if any(found[1:]) else "there are none"
+        raise ConfigError(f"unlabeled={_shown(settings)}: {reason}; give other images")
     if settings.pool_ratio is None or not split.train:
         return found
     return found._replace(images=evenly(found.images, max(1, round(settings.pool_ratio * labelled))))
@@ -287,16 +289,17 @@ def _lists(plan: _Plan, data: dict[str, Any]) -> Path:
     train.append(_write_list(file.with_suffix(".txt"), [plan.folder / record["image"] for record in records]))
     description |= {"train": train, "val": description.get("val") or train}
     write_whole(file.with_suffix(".yaml"), yaml.safe_dump(description, sort_keys=False, allow_unicode=True))
-    write_whole(file, json.dumps(_found(records, data["names"])._asdict()))
+    write_whole(file, json.dumps(_found(plan.form.task, records, data["names"])._asdict()))
     return file
 
 
-def _found(records: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> Found:
+def _found(task: str, records: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> Found:
     objects: Counter[str] = Counter()
     for record in records:
         objects.update({names.get(int(kind), f"class {kind}"): number for kind, number in record["classes"].items()})
     sure = [confidence for record in records for confidence in record["confidences"]]
     return Found(
+        task=task,
         images=len(records),
         objects=dict(objects.most_common()),
         empty=sum(not record["classes"] for record in records),
@@ -427,7 +430,7 @@ def _present(source: Path, image: Path) -> None:
 
 def _told(found: Found) -> str:
     said = f"{found.images:,} images without labels are labelled by the teacher"
-    if not found.confidence:
+    if found.task in MAPS:
         return said
     objects = f"{sum(found.objects.values()):,} objects, {found.empty:,} images without any"
     return f"{said}: {objects}, {found.painted:,} with uncertain ones painted over"

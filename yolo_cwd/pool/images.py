@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from ultralytics.data.utils import IMG_FORMATS
-from ultralytics.utils import LOGGER, TQDM, colorstr
+from ultralytics.utils import TQDM, colorstr
 
 from yolo_cwd.config import ConfigError
 
@@ -47,15 +47,19 @@ class Survey(NamedTuple):
     held_out: int = 0
     labelled: int = 0
 
-    def told(self) -> str:
-        """Return in words what is in it, and what has been left out."""
+    def left_out(self) -> str:
+        """Return in words what has been left out; nothing if nothing was."""
         parts = {
             "unreadable": self.unreadable,
             "there twice": self.duplicates,
             "among the training images": self.labelled,
-            "among the images that are scored on": self.held_out,
+            "among the images that models are scored on": self.held_out,
         }
-        left_out = ", ".join(f"{count:,} {reason}" for reason, count in parts.items() if count)
+        return ", ".join(f"{count:,} {reason}" for reason, count in parts.items() if count)
+
+    def told(self) -> str:
+        """Return in words what is in it."""
+        left_out = self.left_out()
         return f"{len(self.images):,} images can be used{left_out and f'; left out: {left_out}'}"
 
 
@@ -196,13 +200,6 @@ def evenly(images: Sequence[Path], most: int) -> list[Path]:
     if len(images) <= most:
         return list(images)
     return [images[i] for i in np.linspace(0, len(images) - 1, most).round().astype(int).tolist()]
-
-
-def say_what_is_left_out(found: Survey) -> None:
-    """Log a line if images are left out; a warning if the models would be scored on some of them."""
-    if any(found[1:]):
-        say = LOGGER.warning if found.held_out else LOGGER.info
-        say(f"{colorstr('CWD:')} of those without labels {found.told()}")
 
 
 def _with_progress(results: Iterable[Any], total: int, doing: str) -> list[Any]:

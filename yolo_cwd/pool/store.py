@@ -48,7 +48,6 @@ from yolo_cwd.pool.images import (
     identity,
     images_of_data,
     list_images,
-    say_what_is_left_out,
     survey,
 )
 from yolo_cwd.pool.labels import Form, label_of, painted
@@ -74,6 +73,8 @@ class Found(NamedTuple):
         empty: Number of images without any.
         painted: Number of images in which something was painted over.
         confidence: Mean confidence of the objects; 0 without any.
+        left_out: What was left out, in words.
+        scored_on: Number of images that were left out because models are scored on them.
     """
 
     task: str
@@ -82,6 +83,8 @@ class Found(NamedTuple):
     empty: int
     painted: int
     confidence: float
+    left_out: str
+    scored_on: int
 
 
 class Pool(NamedTuple):
@@ -187,7 +190,7 @@ def count(settings: Settings, args: Any) -> Survey:
 def _chosen(settings: Settings, images: Sequence[Path], split: Split, labelled: int) -> Survey:
     found = survey(images, split)
     if not found.images:
-        reason = found.told() if any(found[1:]) else "there are none"
+        reason = found.told() if found.left_out() else "there are none"
         raise ConfigError(f"unlabeled={_shown(settings)}: {reason}; give other images")
     if settings.pool_ratio is None or not split.train:
         return found
@@ -232,6 +235,9 @@ def prepare(settings: Settings, task: str | None, args: Any) -> Pool:
     train = yaml.safe_load(lists.with_suffix(".yaml").read_text(encoding="utf-8"))["train"]
     found = Found(**json.loads(lists.read_text(encoding="utf-8")))
     LOGGER.info(f"{colorstr('CWD:')} {_told(found)}; in {lists.parent.parent}")
+    if found.left_out:
+        say = LOGGER.warning if found.scored_on else LOGGER.info
+        say(f"{colorstr('CWD:')} images of unlabeled= that are left out: {found.left_out}")
     return Pool(lists.parent.parent, train, lists.with_suffix(".yaml"), found)
 
 
@@ -280,7 +286,6 @@ def _lists(plan: _Plan, data: dict[str, Any]) -> Path:
     if _is_whole(file):
         return file
     chosen = _chosen(settings, images, split, len(labelled))
-    say_what_is_left_out(chosen)
     records = _label(plan, chosen.images)
     file.parent.mkdir(exist_ok=True)
     train = _as_list(description.get("train"))
@@ -289,11 +294,11 @@ def _lists(plan: _Plan, data: dict[str, Any]) -> Path:
     train.append(_write_list(file.with_suffix(".txt"), [plan.folder / record["image"] for record in records]))
     description |= {"train": train, "val": description.get("val") or train}
     write_whole(file.with_suffix(".yaml"), yaml.safe_dump(description, sort_keys=False, allow_unicode=True))
-    write_whole(file, json.dumps(_found(plan.form.task, records, data["names"])._asdict()))
+    write_whole(file, json.dumps(_found(plan.form.task, chosen, records, data["names"])._asdict()))
     return file
 
 
-def _found(task: str, records: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> Found:
+def _found(task: str, chosen: Survey, records: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> Found:
     objects: Counter[str] = Counter()
     for record in records:
         objects.update({names.get(int(kind), f"class {kind}"): number for kind, number in record["classes"].items()})
@@ -305,6 +310,8 @@ def _found(task: str, records: Sequence[Mapping[str, Any]], names: Mapping[int, 
         empty=sum(not record["classes"] for record in records),
         painted=sum(record["painted"] for record in records),
         confidence=sum(sure) / len(sure) if sure else 0.0,
+        left_out=chosen.left_out(),
+        scored_on=chosen.held_out,
     )
 
 

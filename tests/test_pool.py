@@ -3,8 +3,9 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -265,23 +266,46 @@ def test_images_with_uncertain_objects_are_painted_copies(
     assert snapshot(pictures) == before
 
 
+def test_links_to_images_are_followed(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "links").mkdir()
+    (tmp_path / "real.jpg").write_bytes(next(pictures.glob("*.jpg")).read_bytes())
+    (tmp_path / "links" / "linked.jpg").symlink_to("../real.jpg")
+    pool = label(teachers["detect"], str(tmp_path / "links"), sets["detect"])
+    assert cv2.imread(str(pool.folder / records(pool)["linked.jpg"]["image"])) is not None
+
+
+def test_where_there_can_be_no_link_images_are_copied(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("another disk")
+
+    monkeypatch.setattr("os.link", refuse)
+    pool = label(teachers["detect"], str(pictures), sets["detect"])
+    for record in records(pool).values():
+        source, ours = Path(record["source"]), pool.folder / record["image"]
+        assert not source.samefile(ours)
+        assert source.read_bytes() == ours.read_bytes()
+
+
 def test_labelling_that_is_cut_off_goes_on(
     teachers: dict[str, str], sets: dict[str, str], pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
+    write, predict = store._put, store._predictions
 
-    def put(plan: Any, result: Any, source: Path, name: str) -> None:
-        if len(done) == 4:
-            raise KeyboardInterrupt
-        done.append(source.name)
-        write(plan, result, source, name)
+    def cut_off(plan: Any, images: list[str]) -> Iterator[Any]:
+        yield from islice(predict(plan, images), 4)
+        raise KeyboardInterrupt
 
-    write = store._put
-    monkeypatch.setattr(store, "_put", put)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(store, "_put", lambda *words: (done.append(words[2].name), write(*words)))
+    monkeypatch.setattr(store, "_predictions", cut_off)
+    with pytest.raises(KeyboardInterrupt, match="the same command again goes on"):
         label(teachers["detect"], str(pictures), sets["detect"])
     first, done[:] = list(done), []
-    monkeypatch.setattr(store, "_put", lambda *words: (done.append(words[2].name), write(*words)))
+    monkeypatch.setattr(store, "_predictions", predict)
     pool = label(teachers["detect"], str(pictures), sets["detect"])
     assert len(first) == 4
     assert sorted(first + done) == sorted(file.name for file in pictures.rglob("*.jpg"))

@@ -92,8 +92,7 @@ class DistillingTrainer(ResumableTrainer):
         with distributed.first_here_first():
             self.teacher = load_teacher(self.cwd.teacher, self.cwd.trust_teacher)
             arguments["data"] = digits.resolve(arguments.get("data", asked.base["data"]), self.task.name)
-        given = get_cfg(asked.base, arguments)
-        self.pool = self.label_pool(given) if self.cwd.unlabeled else None
+        self.pool = self.label_pool(get_cfg(asked.base, arguments)) if self.cwd.unlabeled else None
         self.levels: list[Level] = []
         self.level_weights: list[float] = []
         self.classes: list[int] = []

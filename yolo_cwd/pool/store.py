@@ -17,9 +17,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -60,6 +61,8 @@ OF_DATA = ("data", "imgsz", "single_cls", "fraction", "split")  # arguments that
 PAINTABLE = {1, 3}  # channels of images that can be written as they were read
 WRITABLE = {".jpg", ".jpeg", ".png", ".bmp"}  # suffixes of images that OpenCV writes as well as it reads them
 MAPS = {"semantic", "depth"}  # tasks in which every pixel has a label
+WRITERS = 4  # threads
+MOST_WRITING = 64  # images that wait to be written
 QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 95]
 
 
@@ -176,12 +179,12 @@ def count(settings: Settings, args: Any) -> Survey:
 
     Args:
         settings: The checked options.
-        args: The arguments of the training. Data that are not there have no images.
+        args: The arguments of the training.
 
     Raises:
         ConfigError: If there is none.
     """
-    data = data_of(args) if args.data and Path(str(args.data)).exists() else {}
+    data = data_of(args) if args.data else {}
     split = images_of_data(data)
     images = list_images(settings.unlabeled, "unlabeled")
     return _chosen(settings, images, split, len(_share(split.train, args.fraction)))
@@ -355,18 +358,29 @@ def _label(plan: _Plan, images: Sequence[Path]) -> list[dict[str, Any]]:
         LOGGER.info(
             f"{colorstr('CWD:')} {plan.settings.teacher} labels {len(missing)} images{done}, into {plan.folder}"
         )
-        bar = TQDM(total=len(missing), desc=f"{colorstr('CWD:')} labelling")
         try:
-            for result in _predictions(plan, missing):
-                _put(plan, result, Path(result.path), names[result.path])
-                bar.update(1)
-        finally:
-            bar.close()
+            _write_labels(plan, missing, names)
+        except KeyboardInterrupt as interrupt:
+            raise type(interrupt)("labelling is interrupted; the same command again goes on where it stopped") from None
     records = [_record(plan.folder, name) for name in names.values()]
     found = [record for record in records if record]
     if lost := len(records) - len(found):
         LOGGER.warning(f"{colorstr('CWD:')} {lost} images without labels cannot be read, and are left out")
     return found
+
+
+def _write_labels(plan: _Plan, images: Sequence[str], names: Mapping[str, str]) -> None:
+    """Label images; the teacher does not wait for the disk."""
+    bar = TQDM(total=len(images), desc=f"{colorstr('CWD:')} labelling")
+    writing: deque[Future[None]] = deque()
+    with closing(bar), ThreadPoolExecutor(WRITERS) as writers:
+        for result in _predictions(plan, images):
+            writing.append(writers.submit(_put, plan, result, Path(result.path), names[result.path]))
+            if len(writing) > MOST_WRITING:
+                writing.popleft().result()
+            bar.update(1)
+        for rest in writing:
+            rest.result()
 
 
 def _predictions(plan: _Plan, images: Sequence[str]) -> Iterator[Any]:
@@ -428,7 +442,7 @@ def _present(source: Path, image: Path) -> None:
     image.unlink(missing_ok=True)
     with suppress(OSError, NotImplementedError):
         if not cut_off(source):
-            os.link(source, image)
+            os.link(source.resolve(), image)  # a link to a link would lead from here to elsewhere
             return
     unfinished = image.with_name(f".{image.name}.{os.getpid()}")
     shutil.copyfile(source, unfinished)

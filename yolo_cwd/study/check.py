@@ -50,6 +50,7 @@ class Trial(Unheard, CWDTrainer):
     def label_pool(self, args: Any) -> None:
         """Count the images without labels, and leave them as they are."""
         store.whole_teacher(self.cwd, self.task.name)
+        args.data = None if args.data == MADE_UP else args.data
         self.unlabeled = store.count(self.cwd, args)
 
     def get_dataset(self) -> Any:

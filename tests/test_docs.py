@@ -22,7 +22,7 @@ from conftest import SHORT, STUDENT, narrow
 from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT, entrypoint
 
-from yolo_cwd import cli
+from yolo_cwd import cli, digits
 from yolo_cwd.config import OPTIONS, Settings, check_names, split_options
 from yolo_cwd.run.request import EXTRA_ARGUMENTS
 from yolo_cwd.study.compare import Comparison
@@ -84,6 +84,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
         (folder / name).symlink_to(ROOT / name)
     for name in ("my.yaml", "coco.yaml", "coco8.yaml"):
         shutil.copy(data, folder / name)
+    (folder / "path" / "to").mkdir(parents=True)
+    others = digits.build(folder / "others", {"train": 4, "val": 1}, seed=1)
+    shutil.move(others.parent / "images" / "train", folder / "path" / "to" / "images")
     (folder / "my-settings.yaml").write_text(yaml.safe_dump({"tau": 3.0, "cwd": 50}))
     text = "\n".join(page.read_text(encoding="utf-8") for page in [*SHORT_PAGES, *RECIPES])
     names = set(re.findall(r"\b(yolo(?:v8|11)[nslmx])\b(?!\.yaml)", text))
@@ -132,6 +135,8 @@ def test_command_runs(
     command: str, folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
+    if "path/to/images" in command:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     begin = time.time()
     program, *words = shlex.split(command)
     verb = words[0] if program == "yolo_cwd" else next(w for w in words if w in {"train", "val", "export"})

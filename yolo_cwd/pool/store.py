@@ -459,7 +459,7 @@ def _told(found: Found) -> str:
 
 def _data_like(teacher: YOLO) -> dict[str, Any]:
     """Return what a data set of a teacher's own classes would say of itself."""
-    shape = {"kpt_shape": list(teacher.model.kpt_shape)} if teacher.task == "pose" else {}
+    shape = {"kpt_shape": list(teacher.model.model[-1].kpt_shape)} if teacher.task == "pose" else {}
     masks = {"masks_dir": "masks"} if teacher.task == "semantic" else {}
     channels = teacher.model.yaml.get("channels", 3)
     return {"names": dict(teacher.names), "channels": channels, **shape, **masks}
@@ -488,7 +488,7 @@ def form_of(teacher: YOLO, data: Mapping[str, Any], settings: Settings, single_c
             f"unlabeled={_shown(settings)}: class maps are written as images, the data have polygons; give data with "
             "masks_dir"
         )
-    if task == "pose" and (ours := data.get("kpt_shape", [0])[0]) != (theirs := teacher.model.kpt_shape[0]):
+    if task == "pose" and (ours := data.get("kpt_shape", [0])[0]) != (theirs := teacher.model.model[-1].kpt_shape[0]):
         raise ConfigError(f"{name}: has {theirs} key points, the data have {ours}; give a teacher trained on such data")
     classes = {} if task == "depth" else _translation(teacher.names, data["names"], settings, single_class)
     if task == "semantic" and len(data["names"]) == 1:  # whose maps have 0 where it is not, and 1 where it is

@@ -35,6 +35,7 @@ def words(data: str, checkpoints: Path, tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
+        ("plain,warm:tau=4,cwd=0", [("plain", "plain", {}), ("warm", "cwd", {"tau": 4, "cwd": 0})]),
         ("plain,cwd,builtin", [("plain", "plain", {}), ("cwd", "cwd", {}), ("builtin", "builtin", {})]),
         (
             "plain,cwd:tau=2,cwd=20,builtin",
@@ -73,7 +74,7 @@ def test_arms_with_models_of_their_own(tmp_path: Path) -> None:
         parse_arms(str(file))
 
 
-@pytest.mark.parametrize("given", ["", "plain,plain", "magic", "cwd:", "cwd:tua=2", "absent.yaml"])
+@pytest.mark.parametrize("given", ["", "plain,plain", "magic", "cwd:", "cdw:tau=2", "cwd:tua=2", "absent.yaml"])
 def test_refused_arms(given: str) -> None:
     with pytest.raises(ConfigError):
         parse_arms(given)

@@ -88,6 +88,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     for task in ALL[1:]:
         build = digits.build(folder / "sets", {"train": 8, "val": 4}, task=task.name)
         shutil.copy(build, folder / f"my{task.suffix}.yaml")
+    (folder / "path" / "to").mkdir(parents=True)
+    others = digits.build(folder / "others", {"train": 4, "val": 1}, seed=1)
+    shutil.move(others.parent / "images" / "train", folder / "path" / "to" / "images")
     (folder / "my-settings.yaml").write_text(yaml.safe_dump({"tau": 3.0, "cwd": 50}))
     text = "\n".join(page.read_text(encoding="utf-8") for page in [*SHORT_PAGES, *RECIPES])
     for family, size, task in set(re.findall(r"\b(yolo(?:v8|11|26))([nslmx])((?:-[a-z]+)?)\b(?![.-])", text)):
@@ -135,6 +138,8 @@ def test_command_runs(
     command: str, folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
+    if "path/to/images" in command:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     begin = time.time()
     program, *words = shlex.split(command)
     verb = words[0] if program == "yolo_cwd" else next(w for w in words if w in {"train", "val", "export"})

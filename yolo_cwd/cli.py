@@ -26,6 +26,8 @@ yolo_cwd: a small YOLO detector learns from a larger one while it trains (channe
                        what is distilled, what a step costs, and is this teacher worth it? (format=json)
   yolo_cwd compare teacher=best.pt student=yolov8n.yaml data=my.yaml epochs=100 seeds=3 arms=plain,cwd,builtin
                        did it help, and by how much beyond luck?
+  yolo_cwd label teacher=best.pt source=path/to/images
+                       what the teacher sees in images without labels, as 'train unlabeled=path/to/images' learns it
   yolo_cwd demo        teacher, plain and distilled student on handwritten digits, in minutes on a CPU
   yolo_cwd settings    the options of distillation, their defaults and meaning
   yolo_cwd help train  more about training; so do 'help check' and 'help compare'
@@ -100,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": train,
         "check": check,
         "compare": compare,
+        "label": label,
         "demo": demo,
         "settings": settings,
         "help": help_,
@@ -164,7 +167,7 @@ def command_of(typed: Sequence[str], commands: Collection[str]) -> tuple[str, li
         return "help", named
     if "version" in asked or flags & {"-v", "-V"}:
         return "version", []
-    known = "give one of train, check, compare, demo, settings, help, version"
+    known = "give one of train, check, compare, label, demo, settings, help, version"
     if not named:
         if elsewhere := [word for word in asked if word in ELSEWHERE]:
             raise ConfigError(f"{elsewhere[0]}: a command of Ultralytics; use 'yolo {elsewhere[0]}'")
@@ -254,6 +257,14 @@ def check(words: list[str]) -> None:
     """Examine a training before it is begun."""
     arguments = parse(words)
     from yolo_cwd.study.check import run
+
+    run(arguments)
+
+
+def label(words: list[str]) -> None:
+    """Let the teacher label images that nobody has annotated."""
+    arguments = parse(words)
+    from yolo_cwd.study.label import run
 
     run(arguments)
 

@@ -22,6 +22,7 @@ BALANCED, AUTO = "balanced", "auto"  # values of cwd and of class_share beside n
 WEIGHT_COLUMN = "train/cwd_weight"  # of results.csv: the overall weight
 LONGEST, REMEDY = 299, 190  # characters of a message, and of its end that is kept
 SYNONYMS = {"student", "model"}
+POOL_CLASSES = ("all", "known")
 TEACHER_DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -175,6 +176,11 @@ class Settings:
         teacher_dtype: One of `TEACHER_DTYPES`.
         cwd_every: Distil every so many batches, at least 1.
         trust_teacher: Whether the teacher's checkpoint may run code of its author's while it is loaded.
+        unlabeled: Absolute paths of images for the teacher to label: folders, globs, lists or images.
+        pool_conf: Confidence of an object from which on it is a label.
+        pool_unsure: Confidence below that, from which on an object is painted over; `pool_conf` for none.
+        pool_ratio: The most unlabelled images for each labelled one, above 0; None for all of them.
+        pool_classes: One of `POOL_CLASSES`.
     """
 
     teacher: Any
@@ -192,6 +198,11 @@ class Settings:
     teacher_dtype: str
     cwd_every: int
     trust_teacher: bool
+    unlabeled: tuple[str, ...]
+    pool_conf: float
+    pool_unsure: float
+    pool_ratio: float | None
+    pool_classes: str
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Settings:
@@ -222,6 +233,11 @@ class Settings:
             teacher_dtype=_choice("teacher_dtype", value["teacher_dtype"], TEACHER_DTYPES),
             cwd_every=_count("cwd_every", value["cwd_every"]),
             trust_teacher=_choice("trust_teacher", value["trust_teacher"], (True, False)),
+            unlabeled=_paths("unlabeled", value["unlabeled"]),
+            pool_conf=_number("pool_conf", value["pool_conf"], most=1),
+            pool_unsure=_pool_unsure(value["pool_unsure"], value["pool_conf"]),
+            pool_ratio=None if value["pool_ratio"] is None else _number("pool_ratio", value["pool_ratio"], zero=False),
+            pool_classes=_choice("pool_classes", value["pool_classes"], POOL_CLASSES),
         )
 
     def weight(self, epoch: int, epochs: int) -> float:
@@ -342,6 +358,23 @@ def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
         raise ConfigError(f"{name}={value}: must be one of {', '.join(map(str, choices))}")
     return value
+
+
+def _paths(name: str, value: Any) -> tuple[str, ...]:
+    """Return paths as absolute ones; a text is one path, or several with commas between them."""
+    if isinstance(value, str | Path):
+        value = [value] if Path(value).exists() else str(value).split(",")
+    paths = () if value is None else value
+    if not isinstance(paths, list | tuple) or not all(isinstance(path, str | Path) and str(path) for path in paths):
+        raise ConfigError(f"{name}={value}: not a path; give a folder, a glob, a .txt list, or several with commas")
+    return tuple(str(Path(str(path).strip()).absolute()) for path in paths)
+
+
+def _pool_unsure(value: Any, conf: float) -> float:
+    unsure = _number("pool_unsure", value, most=1)
+    if unsure > conf:
+        raise ConfigError(f"pool_unsure={value}: must be at most pool_conf={conf}; give both, the same for none")
+    return unsure
 
 
 def _level_weights(value: Any) -> tuple[float, ...]:

@@ -81,7 +81,7 @@ def build(
     images = images or IMAGES
     counts = "-".join(str(n) for n in images.values())
     name = NAME if task == "detect" else f"{NAME}-{task}"
-    folder = (root or _cache_folder()) / f"{name}-v{VERSION}-{counts}-{seed}"
+    folder = (root or cache_folder()) / f"{name}-v{VERSION}-{counts}-{seed}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -105,7 +105,8 @@ def resolve(data: Any, task: str = "detect") -> Any:
     return str(build(task=task)) if data == NAME else data
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Return the folder of the user for what can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yolo_cwd"
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from ultralytics.cfg import get_cfg
 from ultralytics.nn.modules.head import Detect
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
@@ -40,6 +41,7 @@ from yolo_cwd.method.loss import CLASS_MAPS, CWDLoss
 from yolo_cwd.method.prepare import choose_precision, measure, prepare
 from yolo_cwd.method.student import as_it_is, is_reshaped
 from yolo_cwd.method.teacher import load_teacher
+from yolo_cwd.pool import store
 from yolo_cwd.run import distributed, request
 from yolo_cwd.run.refusal import unusable_student
 from yolo_cwd.run.resumable import ResumableTrainer
@@ -63,6 +65,7 @@ class DistillingTrainer(ResumableTrainer):
         adapters: One module a level, from student to teacher channels, trained with the student.
         reshaped: Whether the student keeps the shape of its checkpoint, which its YAML no longer describes.
         criterion: The student's criterion, once the training has begun.
+        pool: Images without labels, labelled by the teacher; None if there are none.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class DistillingTrainer(ResumableTrainer):
         with distributed.first_here_first():
             self.teacher = load_teacher(self.cwd.teacher, self.cwd.trust_teacher)
             arguments["data"] = digits.resolve(arguments.get("data", asked.base["data"]), self.task.name)
+        self.pool = self.label_pool(get_cfg(asked.base, arguments)) if self.cwd.unlabeled else None
         self.levels: list[Level] = []
         self.level_weights: list[float] = []
         self.classes: list[int] = []
@@ -289,10 +293,25 @@ class DistillingTrainer(ResumableTrainer):
         weight = {WEIGHT_COLUMN: self.criterion.weight / self.cwd.cwd_every}
         return {**labels, **kinds["loss"], **ours, **weight, **kinds["share"], **kinds["nats"]}
 
-    def get_dataset(self) -> Any:
-        """Resolve `data` as Ultralytics does."""
+    def label_pool(self, args: Any) -> store.Pool | None:
+        """Let the teacher label the images of `unlabeled`."""
+        return store.prepare(self.cwd, self.task.name, args)
+
+    def build_dataset(self, img_path: Any, mode: str = "train", batch: int | None = None) -> Any:
+        """Build a dataset as Ultralytics does; `fraction` is of the labelled images, the pool has its `pool_ratio`."""
+        whole = self.pool is not None and mode == "train"
+        fraction = self.args.fraction
+        self.args.fraction = 1.0 if whole else fraction
         try:
-            return super().get_dataset()
+            return super().build_dataset(img_path, mode, batch)
+        finally:
+            self.args.fraction = fraction
+
+    def get_dataset(self) -> Any:
+        """Resolve `data` as Ultralytics does, and add the images that the teacher has labelled."""
+        try:
+            data = super().get_dataset()
+            return {**data, "train": self.pool.train} if self.pool else data
         except RuntimeError as error:
             distributed.let_others_follow()  # to the same error, instead of waiting for an end that never comes
             raise unusable_data(self.args.data, error.__cause__ or error) from error

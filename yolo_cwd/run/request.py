@@ -112,8 +112,12 @@ def plain_options(settings: Settings, student: str, strides: Sequence[int]) -> d
         teacher = str(Path(teacher).resolve()) if Path(teacher).exists() else teacher
     else:
         teacher = None
-    levels, weights = list(strides), list(settings.level_weights)
-    return {**vars(settings), "teacher": teacher, "student": student, "levels": levels, "level_weights": weights}
+    lists = {
+        "levels": list(strides),
+        "level_weights": list(settings.level_weights),
+        "unlabeled": list(settings.unlabeled),
+    }
+    return {**vars(settings), "teacher": teacher, "student": student, **lists}
 
 
 def checkpoint_to_resume(resume: Any, model: Any) -> Path | None:

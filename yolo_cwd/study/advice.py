@@ -101,6 +101,8 @@ def as_text(found: dict[str, Any]) -> str:
         "memory": f"{peaks['distilled']:,} MiB at its peak, {peaks['plain']:,} MiB for a plain step ({holds})",
         "teacher": f"calculates in {found['teacher']['precision']}",
     }
+    if found.get("unlabeled"):
+        paragraphs["unlabeled"] = found["unlabeled"]
     if found["levels"]:
         paragraphs["share"] = balance(found["levels"], found["balanced"])
     if "scores" in found:

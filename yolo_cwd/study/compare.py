@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -200,7 +201,8 @@ def parse_seeds(value: Any) -> tuple[int, ...]:
 def parse_arms(value: Any) -> tuple[Arm, ...]:
     """Return the arms of `plain,cwd:tau=2,cwd=20,builtin`, or of a YAML file that maps names to option sets.
 
-    In the file, an option set may name its `method`; otherwise the arm's name must be one of `METHODS`. It may
+    In words, an arm of another name (`warm:tau=4`) is one of the method `cwd`. In the file, an option set may name its
+    `method`; otherwise the arm's name must be one of `METHODS`. It may
     also name a `teacher` and a `student` of its own, and `against`, the arm that it is compared with.
 
     Raises:
@@ -209,7 +211,10 @@ def parse_arms(value: Any) -> tuple[Arm, ...]:
     sets = _arms_of_file(value) if str(value).endswith((".yaml", ".yml")) else _arms_of_words(value)
     arms = []
     for name, arguments in sets:
-        method = arguments.pop("method", name.split(":")[0])
+        first, colon, _ = name.partition(":")
+        if colon and first not in METHODS and not get_close_matches(first, METHODS):
+            name, first = first, "cwd"
+        method = arguments.pop("method", first)
         if method not in METHODS:
             raise ConfigError(f"arms={name}: its method {method} is none of {', '.join(METHODS)}")
         against = arguments.pop("against", BASELINE)

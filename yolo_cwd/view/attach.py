@@ -35,6 +35,8 @@ def announce(trainer: Any) -> None:
         LOGGER.warning(f"{colorstr('CWD:')} {teacher.argument}: {UNTRAINED}")
     if trainer.cwd.cwd and trainer.task.name != "depth" and teacher.names not in ({}, trainer.data["names"]):
         _say(trainer, OTHER_CLASSES)
+    if missing := report.without_labels(trainer):
+        _say(trainer, missing)
     YAML.save(trainer.save_dir / "cwd.yaml", {**trainer.state.options, "teacher": teacher.label})
 
 

@@ -104,6 +104,22 @@ def beginning(student: str, trainer: Any) -> str:
     )
 
 
+def without_labels(trainer: Any) -> str:
+    """Say how many training images have no label file; nothing if all have one, or if Ultralytics leaves such ones out.
+
+    Args:
+        trainer: The `DistillingTrainer`, set up.
+    """
+    files = [] if trainer.task.name in {"semantic", "depth"} else trainer.train_loader.dataset.label_files
+    missing = sum(not Path(file).is_file() for file in files)
+    if not missing:
+        return ""
+    return (
+        f"{missing} of {len(files)} training images have no label file, and count as images without any object; in a "
+        "folder of their own, named by unlabeled=, the teacher would label them"
+    )
+
+
 def outcome(curves: Curves, score: Score) -> str:
     """Say what came of a run: its best score, and how far the divergence fell in training.
 

@@ -1,0 +1,511 @@
+"""Images without labels: what the teacher's labels are, where they lie, which images are left out, and the training."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import SHORT, STUDENT, narrow, settled
+from test_distributed import as_words, torchrun
+from test_state import interrupted, resume
+from ultralytics import YOLO
+from ultralytics.cfg import get_cfg
+from ultralytics.utils import DEFAULT_CFG_DICT
+
+from yolo_cwd import CWDTrainer, digits
+from yolo_cwd.cli import main
+from yolo_cwd.config import ConfigError, Settings
+from yolo_cwd.pool import store
+from yolo_cwd.pool.images import list_images
+from yolo_cwd.pool.labels import painted
+from yolo_cwd.study import compare
+from yolo_cwd.study import label as label_command
+
+MODELS = {
+    "detect": "yolov8n.yaml",
+    "segment": "yolov8n-seg.yaml",
+    "pose": "yolov8n-pose.yaml",
+    "obb": "yolov8n-obb.yaml",
+    "semantic": "yolo26n-sem.yaml",
+    "depth": "yolo26n-depth.yaml",
+}
+POOL = {"pool_conf": 0.004, "pool_unsure": 0.004}  # what untrained teachers say
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "yolo_cwd" / "unlabeled"
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """YAML paths of the digits by task, 6 training and 4 validation images each."""
+    root = tmp_path_factory.mktemp("sets")
+    return {task: str(digits.build(root, {"train": 6, "val": 4}, task=task)) for task in MODELS}
+
+
+@pytest.fixture(scope="module")
+def teachers(sets: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Checkpoints by task: of random weights, settled, with the names of the data."""
+    folder = tmp_path_factory.mktemp("teachers")
+    for task, name in MODELS.items():
+        data = yaml.safe_load(Path(sets[task]).read_text())
+        torch.manual_seed(3)
+        description = yaml.safe_load(Path(narrow(name)).read_text()) | {"nc": len(data["names"])}
+        if task == "pose":
+            description["kpt_shape"] = data["kpt_shape"]
+        file = folder / f"{task}-{name}"
+        file.write_text(yaml.safe_dump(description))
+        model = YOLO(str(file), task=task)
+        settled(model.model, sets[task])
+        model.model.names = data["names"]
+        model.save(folder / f"{task}.pt")
+    return {task: str(folder / f"{task}.pt") for task in MODELS}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 7 images without labels, two of them in a folder below."""
+    root = tmp_path_factory.mktemp("pictures")
+    built = digits.build(root / "set", {"train": 7, "val": 1}, seed=5).parent
+    (root / "images" / "below").mkdir(parents=True)
+    for i, file in enumerate(sorted((built / "images" / "train").iterdir())):
+        shutil.copy(file, root / "images" / ("below" if i > 4 else ".") / file.name)
+    return root / "images"
+
+
+def arguments(data: str | None, **overrides: Any) -> Any:
+    words = {"data": data, "imgsz": 64, "batch": 3, "device": "cpu", **overrides}
+    return get_cfg(DEFAULT_CFG_DICT, words)
+
+
+def settings(teacher: str, images: Any, **options: Any) -> Settings:
+    return Settings.parse({"teacher": teacher, "unlabeled": images, **POOL, **options})
+
+
+def label(teacher: str, images: Any, data: str | None, task: str = "detect", **options: Any) -> store.Pool:
+    return store.prepare(settings(teacher, images, **options), task, arguments(data))
+
+
+def records(pool: store.Pool) -> dict[str, dict[str, Any]]:
+    found = [json.loads(file.read_text()) for file in (pool.folder / "records").iterdir()]
+    return {Path(record["source"]).name: record for record in found}
+
+
+def rows(pool: store.Pool, record: dict[str, Any]) -> list[np.ndarray]:
+    lines = (pool.folder / record["label"]).read_text().splitlines()
+    return [np.array(line.split(), float) for line in lines]
+
+
+def predicted(teacher: str, image: Path, conf: float = POOL["pool_conf"]) -> Any:
+    return YOLO(teacher).predict(str(image), conf=conf, imgsz=64, device="cpu", verbose=False, save=False)[0]
+
+
+def within(corners: np.ndarray) -> np.ndarray:
+    """Corners as they are, unless the upright box around them is none that Ultralytics would read."""
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    usable = ((low + high) / 2 >= 0).all() and ((low + high) / 2 <= 1).all() and (high - low <= 1).all()
+    return corners if usable else corners.clip(0, 1)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(f): (f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("task", ["detect", "segment", "pose", "obb"])
+def test_labels_are_what_the_teacher_predicts(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, task: str
+) -> None:
+    before = snapshot(pictures)
+    pool = label(teachers[task], str(pictures), sets[task], task)
+    assert snapshot(pictures) == before
+    found = records(pool)
+    assert pool.found.images == len(found) == 7
+    objects = 0  # one image at a time differs in the last digits
+    for image in pictures.rglob("*.jpg"):
+        result = predicted(teachers[task], image)
+        written = rows(pool, found[image.name])
+        boxes = result.obb if task == "obb" else result.boxes
+        assert len(written) == len(boxes)
+        for row, i in zip(written, range(len(boxes)), strict=True):
+            objects += 1
+            assert row[0] == int(boxes.cls[i])
+            if task == "detect":
+                expected = boxes.xywhn[i].numpy()
+            elif task == "segment":
+                expected = result.masks.xyn[i].ravel()
+                if len(expected) < 6:
+                    continue
+            elif task == "obb":
+                expected = within(boxes.xyxyxyxyn[i].numpy()).ravel()
+            else:
+                expected = np.concatenate([boxes.xywhn[i].numpy(), result.keypoints.xyn[i].numpy().clip(0, 1).ravel()])
+            assert row[1:] == pytest.approx(expected, abs=1e-3)
+    assert objects == sum(pool.found.objects.values()) >= 7
+
+
+def test_class_maps_are_what_the_teacher_predicts(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path
+) -> None:
+    pool = label(teachers["semantic"], str(pictures), sets["semantic"], "semantic")
+    for name, record in records(pool).items():
+        written = cv2.imread(str(pool.folder / record["label"]), cv2.IMREAD_UNCHANGED)
+        expected = predicted(teachers["semantic"], Path(record["source"])).semantic_mask.data
+        assert record["label"].startswith("masks/")
+        assert written.tolist() == np.asarray(expected).squeeze().tolist(), name
+    assert sum(pool.found.objects.values()) == 7 * digits.SIZE**2
+
+
+def test_depth_maps_are_what_the_teacher_predicts(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path
+) -> None:
+    pool = label(teachers["depth"], str(pictures), sets["depth"], "depth")
+    for record in records(pool).values():
+        written = np.load(pool.folder / record["label"])
+        assert written == pytest.approx(
+            np.asarray(predicted(teachers["depth"], Path(record["source"])).depth.data), abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("task", MODELS)
+def test_a_training_sees_the_images_of_the_pool_and_their_labels(
+    train: Callable[..., CWDTrainer], teachers: dict[str, str], sets: dict[str, str], pictures: Path, task: str
+) -> None:
+    seen: list[Any] = []
+    words = {"unlabeled": str(pictures), "cwd": 0 if task == "obb" else "balanced", **POOL}
+    callbacks = {"on_train_start": lambda trainer: seen.append(trainer.train_loader.dataset)}
+    model = narrow(MODELS[task])
+    trainer = train(model=model, data=sets[task], teacher=teachers[task], callbacks=callbacks, **words)
+    assert len(seen[0]) == 6 + 7
+    ours = [label for label in seen[0].labels if str(trainer.pool.folder) in label["im_file"]]
+    assert len(ours) == 7
+    if task not in {"semantic", "depth"}:
+        written = [
+            set((trainer.pool.folder / r["label"]).read_text().splitlines()) for r in records(trainer.pool).values()
+        ]
+        read = sum(len(label["cls"]) for label in ours)
+        assert 2 < read <= sum(map(len, written))  # 8.4.116 takes outlines with the same box for duplicates
+        assert read == sum(map(len, written)) or task in {"segment", "obb"}
+    assert trainer.args.data == sets[task]
+    assert str(trainer.pool.folder) not in str(YOLO(trainer.last).ckpt["train_args"])
+
+
+def test_sources_are_folders_globs_lists_and_images(pictures: Path, tmp_path: Path) -> None:
+    below = sorted((pictures / "below").iterdir())
+    (tmp_path / "far.jpg").write_bytes(below[0].read_bytes())
+    (tmp_path / "list.txt").write_text(f"{below[0]}\n./far.jpg\n\n{below[0]}\n")
+    everything = list_images([str(pictures)])
+    assert len(everything) == 7
+    assert list_images([str(pictures / "below"), str(pictures / "*.jpg")]) == everything
+    assert list_images([str(tmp_path / "list.txt")]) == sorted([below[0], tmp_path / "far.jpg"])
+    assert list_images([str(below[1])]) == [below[1]]
+    with pytest.raises(ConfigError, match=r"unlabeled=.*nowhere: names no file; give a folder"):
+        list_images([str(tmp_path / "nowhere")], "unlabeled")
+    both = f"{pictures / 'below'},{tmp_path}"
+    assert Settings.parse({"teacher": "t", "unlabeled": both}).unlabeled == (str(pictures / "below"), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unlabeled": 3}, "unlabeled=3: not a path"),
+        ({"pool_conf": 2}, "pool_conf=2: must be a number"),
+        ({"pool_conf": 0.05}, "pool_unsure=0.1: must be at most pool_conf=0.05"),
+        ({"pool_ratio": 0}, "pool_ratio=0: must be a number above 0"),
+        ({"pool_classes": "some"}, "pool_classes=some: must be one of all, known"),
+    ],
+)
+def test_refused_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Settings.parse({"teacher": "t", **options})
+
+
+def test_uncertain_objects_are_painted_over_but_where_a_certain_one_is() -> None:
+    image = np.zeros((20, 20, 3), np.uint8)
+    box = np.array([[2, 2], [10, 2], [10, 10], [2, 10]])
+    gray = painted(image, [box], [box + 6])
+    assert (gray[2:8, 2:11] == 114).all()
+    assert not gray[9:, 9:].any()
+    assert not image.any()
+
+
+@pytest.fixture
+def unsure(teachers: dict[str, str], pictures: Path) -> dict[str, float]:
+    """Thresholds between which the teacher has objects in some of the images."""
+    images = sorted(map(str, pictures.rglob("*.jpg")))
+    found = [predicted(teachers["detect"], Path(image), 0.0005) for image in images]
+    confidences = sorted(c for result in found for c in result.boxes.conf.tolist())
+    return {"pool_unsure": confidences[0], "pool_conf": confidences[-1] * 1.01}
+
+
+def test_images_with_uncertain_objects_are_painted_copies(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, unsure: dict[str, float]
+) -> None:
+    before = snapshot(pictures)
+    pool = label(teachers["detect"], str(pictures), sets["detect"], **unsure)
+    found = records(pool)
+    assert pool.found.painted == sum(record["painted"] for record in found.values()) > 0
+    for name, record in found.items():
+        source, ours = Path(record["source"]), pool.folder / record["image"]
+        assert source.name == name
+        assert source.samefile(ours) != record["painted"]
+        assert rows(pool, record) == []  # none is certain
+        boxes = predicted(teachers["detect"], source, unsure["pool_unsure"]).boxes.xyxy.round().int().tolist()
+        image = cv2.imread(str(ours)).astype(int)
+        for x1, y1, x2, y2 in boxes:
+            assert abs(image[y1 + 4 : y2 - 3, x1 + 4 : x2 - 3] - 114).mean() < 2
+    assert snapshot(pictures) == before
+
+
+def test_links_to_images_are_followed(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "links").mkdir()
+    (tmp_path / "real.jpg").write_bytes(next(pictures.glob("*.jpg")).read_bytes())
+    (tmp_path / "links" / "linked.jpg").symlink_to("../real.jpg")
+    pool = label(teachers["detect"], str(tmp_path / "links"), sets["detect"])
+    assert cv2.imread(str(pool.folder / records(pool)["linked.jpg"]["image"])) is not None
+
+
+def test_where_there_can_be_no_link_images_are_copied(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("another disk")
+
+    monkeypatch.setattr("os.link", refuse)
+    pool = label(teachers["detect"], str(pictures), sets["detect"])
+    for record in records(pool).values():
+        source, ours = Path(record["source"]), pool.folder / record["image"]
+        assert not source.samefile(ours)
+        assert source.read_bytes() == ours.read_bytes()
+
+
+def test_labelling_that_is_cut_off_goes_on(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    write, predict = store._put, store._predictions
+
+    def cut_off(plan: Any, images: list[str]) -> Iterator[Any]:
+        yield from islice(predict(plan, images), 4)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "_put", lambda *words: (done.append(words[2].name), write(*words)))
+    monkeypatch.setattr(store, "_predictions", cut_off)
+    with pytest.raises(KeyboardInterrupt, match="the same command again goes on"):
+        label(teachers["detect"], str(pictures), sets["detect"])
+    first, done[:] = list(done), []
+    monkeypatch.setattr(store, "_predictions", predict)
+    pool = label(teachers["detect"], str(pictures), sets["detect"])
+    assert len(first) == 4
+    assert sorted(first + done) == sorted(file.name for file in pictures.rglob("*.jpg"))
+    assert not [file for file in pool.folder.rglob("*") if file.name.startswith(("tmp", "."))]
+
+
+def test_labels_that_are_there_are_used_again(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(pictures, images := tmp_path / "images")
+    pool = label(teachers["detect"], str(images), sets["detect"])
+    asked: list[int] = []
+    predict = store._predictions
+    monkeypatch.setattr(store, "_predictions", lambda plan, todo: (asked.append(len(todo)), predict(plan, todo))[1])
+    assert label(teachers["detect"], str(images), sets["detect"]) == pool
+    assert asked == []
+    image = cv2.imread(str(next(images.glob("*.jpg"))))
+    cv2.imwrite(str(images / "new.png"), image[::-1])
+    assert label(teachers["detect"], str(images), sets["detect"]).found.images == 8
+    assert asked == [1]
+    shutil.rmtree(pool.folder / "images")
+    assert label(teachers["detect"], str(images), sets["detect"]).found.images == 8
+    other = label(teachers["detect"], str(images), sets["detect"], pool_conf=0.5)
+    assert asked == [1, 8, 8]
+    assert other.folder != pool.folder
+
+
+def test_two_at_once_label_each_image_once(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    write = store._put
+    monkeypatch.setattr(store, "_put", lambda *words: (asked.append(words[2].name), write(*words)))
+    with ThreadPoolExecutor(2) as threads:
+        works = [threads.submit(label, teachers["detect"], str(pictures), sets["detect"]) for _ in range(2)]
+    assert works[0].result() == works[1].result()
+    assert len(asked) == len(set(asked)) == 7
+
+
+def test_what_is_no_use_is_left_out_with_a_warning(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, data = tmp_path / "images", Path(sets["detect"]).parent
+    shutil.copytree(pictures, images)
+    shutil.copy(next(pictures.glob("*.jpg")), images / "again.jpg")
+    (images / "torn.jpg").write_bytes(next(pictures.glob("*.jpg")).read_bytes()[:900])
+    (images / "text.png").write_text("no image")
+    cv2.imwrite(str(images / "tiny.png"), np.zeros((4, 4, 3), np.uint8))
+    shutil.copy(next((data / "images" / "val").iterdir()), images / "leak.jpg")
+    shutil.copy(next((data / "images" / "train").iterdir()), images / "known.jpg")
+    pool = label(teachers["detect"], f"{images},{data / 'images' / 'val'}", sets["detect"])
+    assert pool.found.images == 7
+    expected = "3 unreadable, 1 there twice, 1 among the training images, 5 among the images that models are scored on"
+    assert pool.found.left_out == expected
+    assert [r.levelname for r in caplog.records if expected in r.message] == ["WARNING"]
+
+
+def test_a_pool_without_a_usable_image_is_refused_and_leaves_nothing(
+    teachers: dict[str, str], sets: dict[str, str], cache: Path
+) -> None:
+    held_out = Path(sets["detect"]).parent / "images" / "val"
+    with pytest.raises(
+        ConfigError, match="0 images can be used; left out: 4 among the images that models are"
+    ) as error:
+        label(teachers["detect"], str(held_out), sets["detect"])
+    assert len(str(error.value)) < 300
+    assert list(cache.rglob("*")) == []
+
+
+def test_the_ratio_bounds_the_pool_evenly(teachers: dict[str, str], sets: dict[str, str], pictures: Path) -> None:
+    pool = label(teachers["detect"], str(pictures), sets["detect"], pool_ratio=0.5)
+    everything = sorted(pictures.rglob("*.jpg"))
+    assert set(records(pool)) == {everything[i].name for i in (0, 3, 6)}
+
+
+def renamed(teacher: str, folder: Path, names: list[str]) -> str:
+    model = YOLO(teacher)
+    model.model.names = dict(enumerate(names))
+    model.save(folder / "renamed.pt")
+    return str(folder / "renamed.pt")
+
+
+@pytest.mark.parametrize("task", ["detect", "semantic"])
+def test_classes_are_matched_by_name(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path, task: str
+) -> None:
+    names = list(YOLO(teachers[task]).names.values())
+    turned = renamed(teachers[task], tmp_path, names[::-1])
+    ours = label(teachers[task], str(pictures), sets[task], task).found.objects
+    theirs = label(turned, str(pictures), sets[task], task).found.objects
+    assert {names[len(names) - 1 - names.index(name)]: number for name, number in ours.items()} == theirs
+
+
+def test_classes_that_the_teacher_does_not_know(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path, cache: Path
+) -> None:
+    teacher = renamed(teachers["detect"], tmp_path, [*"01234", "a", "b", "c", "d", "9"])
+    with pytest.raises(ConfigError, match=r"does not know 5, 6, 7, 8 of the data.*or pool_classes=known") as error:
+        label(teacher, str(pictures), sets["detect"])
+    assert len(str(error.value)) < 300
+    assert not cache.exists()
+    found = label(teacher, str(pictures), sets["detect"], pool_classes="known").found.objects
+    assert found
+    assert set(found) <= set("012349")
+
+
+def test_teachers_that_cannot_label_are_refused(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, cache: Path
+) -> None:
+    with pytest.raises(ConfigError, match="a model for task=segment cannot label images for task=detect"):
+        label(teachers["segment"], str(pictures), sets["detect"])
+    with pytest.raises(ConfigError, match=r"\.yaml: cannot label images, it is not trained; give a \.pt checkpoint"):
+        label(narrow("yolov8n.yaml"), str(pictures), sets["detect"])
+    with pytest.raises(ConfigError, match="teacher=YOLO: cannot label images as an object"):
+        label(YOLO(teachers["detect"]), str(pictures), sets["detect"])
+    assert not cache.exists()
+
+
+def test_a_resumed_run_finds_its_pool_again(
+    train: Callable[..., CWDTrainer],
+    teachers: dict[str, str],
+    sets: dict[str, str],
+    pictures: Path,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(pictures.parent)
+    words = {"data": sets["detect"], "teacher": teachers["detect"], "unlabeled": pictures.name, **POOL}
+    last = interrupted(train, tmp_path, 1, epochs=2, fraction=0.5, **words)
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(cache)
+    trainer = resume(last)
+    assert len(trainer.train_loader.dataset) == 3 + 7
+    assert trainer.epoch == 1
+
+
+def test_images_of_the_data_without_a_label_file_are_told(
+    train: Callable[..., CWDTrainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = digits.build(tmp_path, {"train": 4, "val": 2})
+    next((data.parent / "labels" / "train").iterdir()).unlink()
+    train(data=str(data), verbose=True)
+    assert sum("1 of 4 training images have no label file, and count" in r.message for r in caplog.records) == 1
+
+
+def test_the_command_says_what_was_found(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"teacher={teachers['detect']}", f"source={pictures}", f"data={sets['detect']}", "imgsz=64", "device=cpu"]
+    assert main(["label", *words, *(f"{name}={value}" for name, value in POOL.items())]) == 0
+    said = capsys.readouterr().out
+    places = dict(re.findall(r"^(labels|pictures|data)\s+(/.*)$", said, flags=re.MULTILINE))
+    assert "7 images labelled by" in said
+    assert "warning: no image has 0, 1" in said
+    assert cv2.imread(places["pictures"]) is not None
+    assert len(yaml.safe_load(Path(places["data"]).read_text())["train"]) == 2
+    assert main(["label", f"teacher={teachers['detect']}"]) == 2
+    assert "source: missing" in capsys.readouterr().err
+
+
+def test_the_command_warns_of_images_of_another_kind() -> None:
+    found = store.Found("detect", 9, {"a": 9}, 0, 0, confidence=0.4, left_out="", scored_on=0)
+    assert not label_command._warnings(found, {0: "a"}, usual=0.5)
+    assert "mean confidence 0.40, there 0.60" in label_command._warnings(found, {0: "a"}, usual=0.6)[0]
+
+
+def test_check_counts_without_labelling(
+    teachers: dict[str, str],
+    sets: dict[str, str],
+    pictures: Path,
+    cache: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [f"teacher={teachers['detect']}", f"student={STUDENT}", f"data={sets['detect']}", f"unlabeled={pictures}"]
+    assert main(["check", *words, "imgsz=64", "batch=2", "device=cpu"]) == 0
+    assert "unlabeled 7 images can be used" in capsys.readouterr().out
+    assert not cache.exists()
+
+
+def test_an_arm_may_have_a_pool(teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path) -> None:
+    pool = "".join(f",{name}={value}" for name, value in POOL.items())
+    words: dict[str, Any] = {**SHORT, "student": STUDENT, "teacher": teachers["detect"], "data": sets["detect"]}
+    words |= {"folder": str(tmp_path / "compared"), "seeds": 1}
+    del words["model"]
+    summary = compare.run({**words, "arms": f"unl:unlabeled={pictures},cwd=0{pool}"})
+    assert list(summary["arms"]) == ["unl"]
+    assert str(pictures) in (tmp_path / "compared" / "runs" / "unl-0" / "cwd.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_several_processes_label_once(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path, cache: Path
+) -> None:
+    words = {**SHORT, "teacher": teachers["detect"], "data": sets["detect"], "unlabeled": pictures, **POOL}
+    words |= {"verbose": True, "project": tmp_path / "runs", "model": teachers["detect"]}
+    result = torchrun(2, "-m", "yolo_cwd", "train", *as_words(**words), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (result.stdout + result.stderr).count("labels 7 images") == 1
+    assert "13 images" in result.stdout + result.stderr
+    assert len(list(cache.glob("*/records/*.json"))) == 7

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Which images a pool has: what its sources name, less what cannot be read, is there twice, or is in the data set."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from ultralytics.data.utils import IMG_FORMATS
+from ultralytics.utils import TQDM, colorstr
+
+from yolo_cwd.config import ConfigError
+
+HELD_OUT = ("val", "test", "minival")  # splits of the data that no training may see
+LEAST_SIDE = 10  # pixels: Ultralytics trains on nothing smaller
+READERS = 8  # threads: the disk sets the pace
+
+
+class Split(NamedTuple):
+    """The images of a data set: those that are trained on, and those that are held out."""
+
+    train: list[Path]
+    held_out: list[Path]
+
+
+class Survey(NamedTuple):
+    """What is in a pool.
+
+    Attributes:
+        images: The images that can be used, in the order of their paths.
+        unreadable: Number of files that are no image, or too small a one.
+        duplicates: Number of images whose content another one of the pool has.
+        held_out: Number of images that are among those the models are scored on.
+        labelled: Number of images that are among the training images of the data.
+    """
+
+    images: list[Path]
+    unreadable: int = 0
+    duplicates: int = 0
+    held_out: int = 0
+    labelled: int = 0
+
+    def left_out(self) -> str:
+        """Return in words what has been left out; nothing if nothing was."""
+        parts = {
+            "unreadable": self.unreadable,
+            "there twice": self.duplicates,
+            "among the training images": self.labelled,
+            "among the images that models are scored on": self.held_out,
+        }
+        return ", ".join(f"{count:,} {reason}" for reason, count in parts.items() if count)
+
+    def told(self) -> str:
+        """Return in words what is in it."""
+        left_out = self.left_out()
+        return f"{len(self.images):,} images can be used{left_out and f'; left out: {left_out}'}"
+
+
+def list_images(sources: Iterable[str], argument: str = "") -> list[Path]:
+    """Return the images that sources name, each once, in the order of their paths.
+
+    Args:
+        sources: Folders (searched to any depth), globs, `.txt` lists of paths, or images.
+        argument: The argument that names them: what names nothing is refused. Without it, it is passed over.
+
+    Raises:
+        ConfigError: If a source names nothing.
+    """
+    found: set[str] = set()
+    for source in sources:
+        files = _files_of(source)
+        if not files and argument:
+            raise ConfigError(f"{argument}={source}: names no file; give a folder, a glob, a .txt list, or an image")
+        found.update(file for file in files if file.rpartition(".")[-1].lower() in IMG_FORMATS)
+    return [Path(file) for file in sorted(found)]
+
+
+def _files_of(source: str) -> list[str]:
+    path = Path(source).absolute()
+    if path.is_dir():
+        return _glob(str(Path(glob.escape(str(path))) / "**" / "*.*"))
+    if path.is_file():
+        return _files_of_list(path) if path.suffix.lower() == ".txt" else [str(path)]
+    return [file for match in _glob(str(path)) for file in _files_of(match)] if "*" in source else []
+
+
+def _glob(pattern: str) -> list[str]:
+    return glob.glob(pattern, recursive=True)  # noqa: PTH207 - as Ultralytics does, through links to folders too
+
+
+def _files_of_list(file: Path) -> list[str]:
+    """Return the paths in a list: relative ones are so to the list if they begin with a dot or are not there else."""
+    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    here = [line for line in lines if not line.startswith("./") and Path(line).exists()]
+    return [str(Path(line).absolute() if line in set(here) else file.parent.absolute() / line) for line in lines]
+
+
+def images_of_data(data: dict[str, Any]) -> Split:
+    """Return the images of a data set as Ultralytics has resolved it."""
+    return Split(list_images(_paths(data, "train")), list_images(p for split in HELD_OUT for p in _paths(data, split)))
+
+
+def _paths(data: dict[str, Any], split: str) -> list[str]:
+    value = data.get(split) or []
+    return value if isinstance(value, list) else [value]
+
+
+def identity(file: Path) -> str:
+    """Return a name for a file as it is now: another path, size or time of change gives another one."""
+    state = file.stat()
+    return fingerprint(str(file), state.st_size, state.st_mtime_ns)[:16]
+
+
+def fingerprint(*values: Any) -> str:
+    """Return a number for some plain values, the same everywhere and always."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+def content_of(file: Path) -> str:
+    """Return a number for the content of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def survey(images: Sequence[Path], data: Split) -> Survey:
+    """Return which images of a pool can be used.
+
+    Args:
+        images: The images of the pool.
+        data: Those of the data set. What is there by content is there, under whatever name.
+    """
+    with ThreadPoolExecutor(READERS) as threads:
+        readable = _with_progress(threads.map(is_readable, images), len(images), "looking at the images")
+        usable = [image for image, good in zip(images, readable, strict=True) if good]
+        contents = _contents_by_need([*data.held_out, *data.train, *usable], threads)
+    held_out, train = ({contents[image] for image in part if image in contents} for part in (data.held_out, data.train))
+    kept: dict[Any, Path] = {}
+    found: Counter[str] = Counter()
+    for image in usable:
+        content = contents[image]
+        reason = "held_out" if content in held_out else "labelled" if content in train else "duplicates"
+        if content in held_out or content in train or content in kept:
+            found[reason] += 1
+        else:
+            kept[content] = image
+    return Survey(list(kept.values()), unreadable=len(images) - len(usable), **found)
+
+
+def _contents_by_need(files: Sequence[Path], threads: ThreadPoolExecutor) -> dict[Path, Any]:
+    """Return something for the content of each file: its size if no other one has it, else a digest of it all."""
+    sizes = {file: size for file, size in zip(files, threads.map(_size, files), strict=True) if size}
+    of_size = Counter(sizes.values())
+    shared = [file for file, size in sizes.items() if of_size[size] > 1]
+    digests = _with_progress(threads.map(content_of, shared), len(shared), "comparing images of one size")
+    return {**sizes, **dict(zip(shared, digests, strict=True))}
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def is_readable(file: Path) -> bool:
+    """Return whether Ultralytics can train on a file."""
+    try:
+        with Image.open(file) as image:
+            image.verify()
+            large = min(image.size) >= LEAST_SIDE
+        if cut_off(file):
+            with Image.open(file) as image:
+                image.load()
+        return large
+    except Exception:
+        return False
+
+
+def cut_off(file: Path) -> bool:
+    """Return whether a file is a JPEG without its end: Ultralytics repairs such a one where it lies."""
+    if file.suffix.lower() not in {".jpg", ".jpeg"}:
+        return False
+    with file.open("rb") as opened:
+        opened.seek(-2, 2)
+        return opened.read() != b"\xff\xd9"
+
+
+def evenly(images: Sequence[Path], most: int) -> list[Path]:
+    """Return so many images at most, at even distances."""
+    if len(images) <= most:
+        return list(images)
+    return [images[i] for i in np.linspace(0, len(images) - 1, most).round().astype(int).tolist()]
+
+
+def _with_progress(results: Iterable[Any], total: int, doing: str) -> list[Any]:
+    return list(TQDM(results, total=total, desc=f"{colorstr('CWD:')} {doing}")) if total else []

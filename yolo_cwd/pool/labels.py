@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What a teacher predicts on an image, as the labels that Ultralytics trains on, and as the image beside them.
+
+An object that the teacher is not sure of is neither a label nor background: it is painted over, with the gray that
+Ultralytics pads images with, so that the loss does not punish a student who finds it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+GRAY = 114  # what Ultralytics pads images with
+COVERED = 0.5  # an uncertain object is no other one if so much of its box is in that of a certain one
+SEEN = 0.5  # confidence of a key point from which on it counts as visible
+IGNORED = 255  # class of pixels that do not count
+
+
+class Label(NamedTuple):
+    """The label of one image.
+
+    Attributes:
+        content: What its file holds.
+        suffix: How its file is called.
+        classes: How many objects there are of each class; pixels, where every pixel has one.
+        confidences: The confidence of each object.
+        certain: The corners [4, 2] of the box of each object, in pixels.
+        uncertain: The same of the objects that are to be painted over.
+    """
+
+    content: bytes
+    suffix: str
+    classes: Counter[int]
+    confidences: Sequence[float] = ()
+    certain: Sequence[Array] = ()
+    uncertain: Sequence[Array] = ()
+
+
+class Form(NamedTuple):
+    """What the labels of a data set look like.
+
+    Attributes:
+        task: One of Ultralytics' tasks.
+        classes: The class of the data by that of the teacher; others are left out.
+        folder: What the folder of the labels is called, beside that of the images.
+        point_values: Numbers for each key point: 2, or 3 with its visibility.
+        raw_ids: What stands in a class map for a class of the data, where it is not its number.
+    """
+
+    task: str
+    classes: Mapping[int, int]
+    folder: str = "labels"
+    point_values: int = 3
+    raw_ids: Mapping[int, int] = {}
+
+
+def label_of(result: Any, form: Form, conf: float) -> Label:
+    """Return the label of one image.
+
+    Args:
+        result: What Ultralytics has predicted, objects of every confidence that matters among it.
+        form: What labels look like.
+        conf: Confidence from which on an object is certain.
+    """
+    result = result.cpu()
+    if form.task == "semantic":
+        return _class_map(result, form)
+    if form.task == "depth":
+        return _depth_map(result)
+    found = result.obb if form.task == "obb" else result.boxes
+    kinds, confidences = found.cls.int().tolist(), found.conf.tolist()
+    corners = found.xyxyxyxy.numpy() if form.task == "obb" else _corners(found.xyxy.numpy())
+    ours = [i for i, kind in enumerate(kinds) if kind in form.classes]
+    certain = [i for i in ours if confidences[i] >= conf]
+    rows = [(form.classes[kinds[i]], *ROWS[form.task](result, i, form)) for i in certain]
+    content = "".join(f"{kind} {' '.join(f'{x:.6f}' for x in row)}\n" for kind, *row in rows)
+    uncertain = [corners[i] for i in ours if confidences[i] < conf and not _covered(corners[i], corners[certain])]
+    kinds_here = Counter(int(row[0]) for row in rows)
+    sure = [confidences[i] for i in certain]
+    return Label(content.encode(), ".txt", kinds_here, sure, list(corners[certain]), uncertain)
+
+
+def _box(result: Any, i: int, _: Form) -> list[float]:
+    box: list[float] = result.boxes.xywhn[i].tolist()
+    return box
+
+
+def _polygon(result: Any, i: int, _: Form) -> list[float]:
+    """Return the outline of a mask, or of the box where the mask has none."""
+    outline = result.masks.xyn[i] if result.masks is not None else []
+    if len(outline) < 3:
+        outline = _corners(result.boxes.xyxyn.numpy()[[i]])[0]
+    points: list[float] = np.asarray(outline).clip(0, 1).ravel().tolist()
+    return points
+
+
+def _oriented_box(result: Any, i: int, _: Form) -> list[float]:
+    """Return the corners of a box, cut to the image where Ultralytics would refuse the image with all its labels."""
+    corners = result.obb.xyxyxyxyn[i].numpy()  # [4, 2]
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    if (low + high).min() < 0 or (low + high).max() > 2 or (high - low).max() > 1:
+        corners = corners.clip(0, 1)
+    points: list[float] = corners.ravel().tolist()
+    return points
+
+
+def _pose(result: Any, i: int, form: Form) -> list[float]:
+    points = result.keypoints.xyn[i].numpy().clip(0, 1)  # [K, 2]
+    if form.point_values == 3:
+        confidence = result.keypoints.conf
+        seen = np.ones(len(points), bool) if confidence is None else confidence[i].numpy() >= SEEN
+        points = np.column_stack([points * seen[:, None], 2.0 * seen])
+    return [*_box(result, i, form), *points.ravel().tolist()]
+
+
+ROWS: dict[str, Callable[[Any, int, Form], list[float]]] = {  # what a line of a label file has after the class
+    "detect": _box,
+    "segment": _polygon,
+    "obb": _oriented_box,
+    "pose": _pose,
+}
+
+
+def _class_map(result: Any, form: Form) -> Label:
+    semantic = result.semantic_mask
+    values = np.asarray(getattr(semantic, "data", semantic)).squeeze()
+    table = np.full(max(256, int(values.max()) + 1), IGNORED, np.uint8)
+    for theirs, ours in form.classes.items():
+        table[theirs] = ours
+    kinds = table[values.astype(int)]
+    counts = Counter({int(k): int(n) for k, n in zip(*np.unique(kinds, return_counts=True), strict=True)})
+    del counts[IGNORED]
+    ids = np.arange(256, dtype=np.uint8)
+    for ours, raw in form.raw_ids.items():
+        ids[ours] = raw
+    return Label(cv2.imencode(".png", ids[kinds])[1].tobytes(), ".png", counts)
+
+
+def _depth_map(result: Any) -> Label:
+    depth = result.depth
+    values = np.asarray(getattr(depth, "data", depth), np.float32).squeeze()
+    np.save(buffer := io.BytesIO(), values)
+    return Label(buffer.getvalue(), ".npy", Counter())
+
+
+def _corners(boxes: Array) -> Array:
+    """Return the corners [N, 4, 2] of upright boxes [N, 4]."""
+    x1, y1, x2, y2 = boxes.T
+    return np.stack([x1, y1, x2, y1, x2, y2, x1, y2], axis=1).reshape(-1, 4, 2)
+
+
+def _covered(box: Array, certain: Array) -> bool:
+    """Return whether so much of a box is in another one that both are likely to be around the same object."""
+    area = cv2.contourArea(box.astype(np.float32))
+    shared = (cv2.intersectConvexConvex(box.astype(np.float32), c.astype(np.float32))[0] for c in certain)
+    return any(part >= COVERED * area for part in shared)
+
+
+def painted(image: Array, uncertain: Sequence[Array], certain: Sequence[Array]) -> Array:
+    """Return a copy of an image [H, W, C] in which uncertain objects are gray, but where a certain one is.
+
+    Args:
+        image: The image.
+        uncertain: Corners [4, 2] of the objects to paint over.
+        certain: Corners [4, 2] of the objects that stay.
+    """
+    over = np.zeros(image.shape[:2], np.uint8)
+    for value, boxes in ((1, uncertain), (0, certain)):
+        for box in boxes:
+            cv2.fillPoly(over, [np.round(box).astype(np.int32)], value)
+    copy = image.copy()
+    copy[over.astype(bool)] = GRAY
+    return copy

@@ -1,0 +1,523 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The images of a pool with the labels of a teacher, in a folder of ours, as Ultralytics reads them.
+
+    <cache>/unlabeled/<key>/      one folder for a teacher and the options that decide what it says
+        images/<id>.jpg           a hard link to the user's image, a copy where there can be none, or a painted copy
+        labels/<id>.txt           what the teacher sees there; masks/<id>.png or depth/<id>.npy in the tasks with maps
+        records/<id>.json         what was found, written last: the image is done
+        lists/<key>.txt           images that a training sees; .yaml is its data set, .json what is in it, written last
+
+Nothing is written beside the user's images. Labels that are there are used again, by any run and after a kill.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import cv2
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from ultralytics import YOLO
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils import LOCAL_RANK, LOGGER, TQDM, colorstr
+from ultralytics.utils.checks import check_model_file_from_stem
+from ultralytics.utils.downloads import attempt_download_asset
+from ultralytics.utils.torch_utils import parse_device
+
+from yolo_cwd.config import ConfigError, Settings, unusable_data
+from yolo_cwd.digits import cache_folder
+from yolo_cwd.pool.images import (
+    Split,
+    Survey,
+    content_of,
+    cut_off,
+    evenly,
+    fingerprint,
+    identity,
+    images_of_data,
+    list_images,
+    survey,
+)
+from yolo_cwd.pool.labels import Form, label_of, painted
+from yolo_cwd.run.distributed import first_here_first
+from yolo_cwd.run.files import put, write_whole
+from yolo_cwd.run.refusal import disk_is_full
+
+VERSION = 1  # part of the key: raise it with every change of what is written
+OF_DATA = ("data", "imgsz", "single_cls", "fraction", "split")  # arguments that a resumed run takes from its checkpoint
+PAINTABLE = {1, 3}  # channels of images that can be written as they were read
+WRITABLE = {".jpg", ".jpeg", ".png", ".bmp"}  # suffixes of images that OpenCV writes as well as it reads them
+MAPS = {"semantic", "depth"}  # tasks in which every pixel has a label
+WRITERS = 4  # threads
+MOST_WRITING = 64  # images that wait to be written
+QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 95]
+
+
+class Found(NamedTuple):
+    """What is in a pool, as plain values.
+
+    Attributes:
+        task: What they are labelled for.
+        images: Number of images that are trained on.
+        objects: Number of objects by class, of images with a class in every pixel where these have it.
+        empty: Number of images without any.
+        painted: Number of images in which something was painted over.
+        confidence: Mean confidence of the objects; 0 without any.
+        left_out: What was left out, in words.
+        scored_on: Number of images that were left out because models are scored on them.
+    """
+
+    task: str
+    images: int
+    objects: dict[str, int]
+    empty: int
+    painted: int
+    confidence: float
+    left_out: str
+    scored_on: int
+
+
+class Pool(NamedTuple):
+    """A labelled pool.
+
+    Attributes:
+        folder: Where its images and labels are.
+        train: What to train on: the training images of the data, and the list of the images of the pool.
+        data: The YAML file of a data set with them; it can be used without us.
+        found: What is in it.
+    """
+
+    folder: Path
+    train: list[str]
+    data: Path
+    found: Found
+
+
+class _Plan(NamedTuple):
+    """Who labels, what, and where to."""
+
+    teacher: YOLO
+    settings: Settings
+    form: Form
+    args: Any
+    folder: Path
+
+    @property
+    def labels(self) -> str:
+        """The folder in which Ultralytics looks for labels."""
+        return self.form.folder
+
+
+def whole_teacher(settings: Settings, task: str | None) -> YOLO:
+    """Return the teacher with its head.
+
+    Args:
+        settings: The checked options; the restricted loader has admitted the teacher already.
+        task: The task that it is to label for; None for its own.
+
+    Raises:
+        ConfigError: If it cannot label for the task.
+    """
+    teacher, why = settings.teacher, "cannot label images"
+    if not isinstance(teacher, str):
+        raise ConfigError(f"teacher={type(teacher).__name__}: {why} as an object; give the path of its checkpoint")
+    if not teacher.lower().endswith(".pt"):
+        raise ConfigError(f"teacher={teacher}: {why}, it is not trained; give a .pt checkpoint, or leave unlabeled out")
+    model = YOLO(str(_file_of(teacher)))
+    if task and model.task != task:
+        raise ConfigError(
+            f"teacher={teacher}: a model for task={model.task} {why} for task={task}; give a teacher for {task}, or "
+            "leave unlabeled out"
+        )
+    return model
+
+
+def _file_of(teacher: str) -> Path:
+    return Path(attempt_download_asset(check_model_file_from_stem(teacher)))
+
+
+def data_of(args: Any) -> dict[str, Any]:
+    """Return the data set of a training as Ultralytics resolves it, with its own classes.
+
+    Raises:
+        ConfigError: If it cannot be used.
+    """
+    try:
+        data: dict[str, Any] = BaseTrainer.get_dataset(SimpleNamespace(args=_copy(args, single_cls=False)))
+        return data
+    except RuntimeError as error:
+        raise unusable_data(args.data, error.__cause__ or error) from error
+
+
+def _copy(args: Any, **changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{**vars(args), **changes})
+
+
+def _as_begun(args: Any) -> Any:
+    """Return the arguments of a run; a resumed one has those of its checkpoint where the pool depends on them."""
+    if not args.resume:
+        return args
+    begun = load_checkpoint(args.resume)[1]["train_args"]
+    return _copy(args, **{name: begun[name] for name in OF_DATA if name in begun})
+
+
+def count(settings: Settings, args: Any) -> Survey:
+    """Return which images of the pool can be used, without labelling them.
+
+    Args:
+        settings: The checked options.
+        args: The arguments of the training.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    data = data_of(args) if args.data else {}
+    split = images_of_data(data)
+    images = list_images(settings.unlabeled, "unlabeled")
+    return _chosen(settings, images, split, len(_share(split.train, args.fraction)))
+
+
+def _chosen(settings: Settings, images: Sequence[Path], split: Split, labelled: int) -> Survey:
+    found = survey(images, split)
+    if not found.images:
+        reason = found.told() if found.left_out() else "there are none"
+        raise ConfigError(f"unlabeled={_shown(settings)}: {reason}; give other images")
+    if settings.pool_ratio is None or not split.train:
+        return found
+    return found._replace(images=evenly(found.images, max(1, round(settings.pool_ratio * labelled))))
+
+
+def _shown(settings: Settings) -> str:
+    text = ",".join(settings.unlabeled)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def prepare(settings: Settings, task: str | None, args: Any) -> Pool:
+    """Return the pool that the options name, labelled by the teacher; what is labelled already is used again.
+
+    Args:
+        settings: The checked options.
+        task: The task of the student; None for that of the teacher.
+        args: The arguments of the training. Where `data` is None, labels have the classes of the teacher.
+
+    Raises:
+        ConfigError: If the teacher cannot label for the data, or if there is nothing to label.
+    """
+    args = _as_begun(args)
+    with first_here_first():
+        teacher = whole_teacher(settings, task)
+        data = data_of(args) if args.data else _data_like(teacher)
+    form = form_of(teacher, data, settings, bool(args.single_cls))
+    plan = _Plan(teacher, settings, form, args, _folder(settings, form, args.imgsz, data))
+    try:
+        with _alone(plan.folder):
+            lists = _lists(plan, data)
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        raise ConfigError(
+            f"unlabeled={_shown(settings)}: cannot write {error.filename or plan.folder} ({error.strerror}); make "
+            "room, or set XDG_CACHE_HOME to a folder on another disk"
+        ) from error
+    del teacher, plan
+    gc.collect()
+    torch.cuda.empty_cache()
+    train = yaml.safe_load(lists.with_suffix(".yaml").read_text(encoding="utf-8"))["train"]
+    found = Found(**json.loads(lists.read_text(encoding="utf-8")))
+    LOGGER.info(f"{colorstr('CWD:')} {_told(found)}; in {lists.parent.parent}")
+    if found.left_out:
+        say = LOGGER.warning if found.scored_on else LOGGER.info
+        say(f"{colorstr('CWD:')} images of unlabeled= that are left out: {found.left_out}")
+    return Pool(lists.parent.parent, train, lists.with_suffix(".yaml"), found)
+
+
+def _folder(settings: Settings, form: Form, imgsz: int, data: Mapping[str, Any]) -> Path:
+    """Return the folder for the labels of a teacher under the options that decide what it says."""
+    said = sorted(form.classes.items()), form.point_values, sorted(form.raw_ids.items()), data.get("masks_dir")
+    asked = settings.pool_conf, settings.pool_unsure, imgsz
+    key = fingerprint(VERSION, content_of(_file_of(settings.teacher)), form.task, said, asked)[:16]
+    return cache_folder() / "unlabeled" / key
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time write into a folder, that of the first rank before others of this machine.
+
+    These wait for the lock, not at a barrier, which has an end.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_suffix(".lock"))
+    with first_here_first():
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            if LOCAL_RANK in {-1, 0}:
+                LOGGER.info(f"{colorstr('CWD:')} waiting for another process that labels images by this teacher")
+            lock.acquire()
+    try:
+        yield
+    except ConfigError:  # of bad input nothing is left
+        if not (folder / "records").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
+        raise
+    finally:
+        lock.release()
+
+
+def _lists(plan: _Plan, data: dict[str, Any]) -> Path:
+    """Return the file that says what is in a pool, with the lists beside it, made where they are missing."""
+    settings, args = plan.settings, plan.args
+    images, split = list_images(settings.unlabeled, "unlabeled"), images_of_data(data)
+    labelled = _share(split.train, args.fraction)
+    what = [identity(image) for part in (images, labelled, split.held_out) for image in part if image.exists()]
+    description = {name: _plain(value) for name, value in data.items() if name != "yaml_file"}
+    file = plan.folder / "lists" / f"{fingerprint(what, settings.pool_ratio, description)[:16]}.json"
+    if _is_whole(file):
+        return file
+    chosen = _chosen(settings, images, split, len(labelled))
+    records = _label(plan, chosen.images)
+    file.parent.mkdir(exist_ok=True)
+    train = _as_list(description.get("train"))
+    if args.fraction != 1 and train:
+        train = [_write_list(file.with_name(f"{file.stem}-labelled.txt"), labelled)]
+    train.append(_write_list(file.with_suffix(".txt"), [plan.folder / record["image"] for record in records]))
+    description |= {"train": train, "val": description.get("val") or train}
+    write_whole(file.with_suffix(".yaml"), yaml.safe_dump(description, sort_keys=False, allow_unicode=True))
+    write_whole(file, json.dumps(_found(plan.form.task, chosen, records, data["names"])._asdict()))
+    return file
+
+
+def _found(task: str, chosen: Survey, records: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> Found:
+    objects: Counter[str] = Counter()
+    for record in records:
+        objects.update({names.get(int(kind), f"class {kind}"): number for kind, number in record["classes"].items()})
+    sure = [confidence for record in records for confidence in record["confidences"]]
+    return Found(
+        task=task,
+        images=len(records),
+        objects=dict(objects.most_common()),
+        empty=sum(not record["classes"] for record in records),
+        painted=sum(record["painted"] for record in records),
+        confidence=sum(sure) / len(sure) if sure else 0.0,
+        left_out=chosen.left_out(),
+        scored_on=chosen.held_out,
+    )
+
+
+def _is_whole(file: Path) -> bool:
+    """Return whether a pool is complete, and nothing of it has been removed."""
+    if not file.exists():
+        return False
+    images = file.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+    return all(Path(image).exists() for image in images)
+
+
+def _share(images: list[Path], fraction: Any) -> list[Path]:
+    """Return the images that Ultralytics would take under its argument `fraction`."""
+    part = fraction[0] if isinstance(fraction, list) else fraction
+    if part == 1:
+        return images
+    return images[: part if isinstance(part, int) else max(1, round(len(images) * part))]
+
+
+def _write_list(file: Path, images: Sequence[Path]) -> str:
+    write_whole(file, "".join(f"{image}\n" for image in images))
+    return str(file)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _as_list(value: Any) -> list[str]:
+    return [] if not value else list(value) if isinstance(value, list) else [value]
+
+
+def _label(plan: _Plan, images: Sequence[Path]) -> list[dict[str, Any]]:
+    """Label the images that have no label yet, and return the records of all that could be labelled."""
+    names = {str(image): identity(image) for image in images}
+    missing = [image for image in names if _record(plan.folder, names[image]) is None]
+    for part in ("images", plan.labels, "records"):
+        (plan.folder / part).mkdir(parents=True, exist_ok=True)
+    if missing:
+        done = f", {len(images) - len(missing)} are done" if len(missing) < len(images) else ""
+        LOGGER.info(
+            f"{colorstr('CWD:')} {plan.settings.teacher} labels {len(missing)} images{done}, into {plan.folder}"
+        )
+        try:
+            _write_labels(plan, missing, names)
+        except KeyboardInterrupt as interrupt:
+            raise type(interrupt)("labelling is interrupted; the same command again goes on where it stopped") from None
+    records = [_record(plan.folder, name) for name in names.values()]
+    found = [record for record in records if record]
+    if lost := len(records) - len(found):
+        LOGGER.warning(f"{colorstr('CWD:')} {lost} images without labels cannot be read, and are left out")
+    return found
+
+
+def _write_labels(plan: _Plan, images: Sequence[str], names: Mapping[str, str]) -> None:
+    """Label images; the teacher does not wait for the disk."""
+    bar = TQDM(total=len(images), desc=f"{colorstr('CWD:')} labelling")
+    writing: deque[Future[None]] = deque()
+    with closing(bar), ThreadPoolExecutor(WRITERS) as writers:
+        for result in _predictions(plan, images):
+            writing.append(writers.submit(_put, plan, result, Path(result.path), names[result.path]))
+            if len(writing) > MOST_WRITING:
+                writing.popleft().result()
+            bar.update(1)
+        for rest in writing:
+            rest.result()
+
+
+def _predictions(plan: _Plan, images: Sequence[str]) -> Iterator[Any]:
+    """Yield what the teacher predicts on images, in whatever order."""
+    settings, args = plan.settings, plan.args
+    conf = min(settings.pool_conf, settings.pool_unsure)
+    asked_for = set(images)
+    listing = Path(tempfile.mkstemp(suffix=".txt", dir=plan.folder)[1])  # Ultralytics loads what is given as a list
+    try:
+        listing.write_text("\n".join(images))  # in the encoding that it is read in
+        asked = {"conf": conf, "imgsz": args.imgsz, "batch": args.batch, "device": _device(args.device)}
+        for result in plan.teacher.predict(str(listing), stream=True, verbose=False, save=False, **asked):
+            if result.path in asked_for:
+                yield result
+    finally:
+        listing.unlink(missing_ok=True)
+
+
+def _device(device: Any) -> torch.device | str | None:
+    """Return the device for one process, of those that a training has."""
+    devices = parse_device(device).split(",")
+    mine = devices[max(LOCAL_RANK, 0) % len(devices)]
+    return torch.device("cuda", int(mine)) if mine.isdecimal() else mine or None
+
+
+def _put(plan: _Plan, result: Any, source: Path, name: str) -> None:
+    """Write the label of an image, and the image beside it; the record last."""
+    label = label_of(result, plan.form, plan.settings.pool_conf)
+    image = plan.folder / "images" / f"{name}{source.suffix.lower()}"
+    if label.uncertain:
+        image = image.with_suffix(image.suffix if image.suffix in WRITABLE else ".png")
+        gray = painted(result.orig_img, label.uncertain, label.certain)
+        write_whole(image, cv2.imencode(image.suffix, gray, QUALITY)[1].tobytes())
+    else:
+        _present(source, image)
+    write_whole(plan.folder / plan.labels / f"{name}{label.suffix}", label.content)
+    record = {
+        "source": str(source),
+        "image": f"images/{image.name}",
+        "label": f"{plan.labels}/{name}{label.suffix}",
+        "classes": label.classes,
+        "confidences": [round(x, 4) for x in label.confidences],
+        "painted": bool(label.uncertain),
+    }
+    write_whole(plan.folder / "records" / f"{name}.json", json.dumps(record))
+
+
+def _record(folder: Path, name: str) -> dict[str, Any] | None:
+    """Return what is known of a labelled image; None if it has to be labelled."""
+    try:
+        record: dict[str, Any] = json.loads((folder / "records" / f"{name}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return record if all((folder / record[part]).exists() for part in ("image", "label")) else None
+
+
+def _present(source: Path, image: Path) -> None:
+    """Let an image appear at a place of ours: linked, or copied where that is not possible, or where it is repaired."""
+    image.unlink(missing_ok=True)
+    with suppress(OSError, NotImplementedError):
+        if not cut_off(source):
+            os.link(source.resolve(), image)  # a link to a link would lead from here to elsewhere
+            return
+    unfinished = image.with_name(f".{image.name}.{os.getpid()}")
+    shutil.copyfile(source, unfinished)
+    put(unfinished, image)
+
+
+def _told(found: Found) -> str:
+    said = f"{found.images:,} images without labels are labelled by the teacher"
+    if found.task in MAPS:
+        return said
+    objects = f"{sum(found.objects.values()):,} objects, {found.empty:,} images without any"
+    return f"{said}: {objects}, {found.painted:,} with uncertain ones painted over"
+
+
+def _data_like(teacher: YOLO) -> dict[str, Any]:
+    """Return what a data set of a teacher's own classes would say of itself."""
+    shape = {"kpt_shape": list(teacher.model.model[-1].kpt_shape)} if teacher.task == "pose" else {}
+    masks = {"masks_dir": "masks"} if teacher.task == "semantic" else {}
+    channels = teacher.model.yaml.get("channels", 3)
+    return {"names": dict(teacher.names), "channels": channels, **shape, **masks}
+
+
+def form_of(teacher: YOLO, data: Mapping[str, Any], settings: Settings, single_class: bool) -> Form:
+    """Return what labels of a teacher for a data set look like.
+
+    Raises:
+        ConfigError: If it cannot make them.
+    """
+    task, name = teacher.task, f"teacher={settings.teacher}"
+    channels = teacher.model.yaml.get("channels", 3)
+    if channels != data.get("channels", 3):
+        raise ConfigError(
+            f"{name}: takes images of {channels} channels, the data have {data.get('channels', 3)}; choose a teacher "
+            "trained on such images"
+        )
+    if channels not in PAINTABLE and settings.pool_unsure < settings.pool_conf:
+        raise ConfigError(
+            f"pool_unsure={settings.pool_unsure:g}: images of {channels} channels cannot be painted over; give "
+            f"pool_unsure={settings.pool_conf:g}, as pool_conf"
+        )
+    if task == "semantic" and not data.get("masks_dir"):
+        raise ConfigError(
+            f"unlabeled={_shown(settings)}: class maps are written as images, the data have polygons; give data with "
+            "masks_dir"
+        )
+    if task == "pose" and (ours := data.get("kpt_shape", [0])[0]) != (theirs := teacher.model.model[-1].kpt_shape[0]):
+        raise ConfigError(f"{name}: has {theirs} key points, the data have {ours}; give a teacher trained on such data")
+    classes = {} if task == "depth" else _translation(teacher.names, data["names"], settings, single_class)
+    if task == "semantic" and len(data["names"]) == 1:  # whose maps have 0 where it is not, and 1 where it is
+        classes[1] = 1
+    raw = _raw_ids(data) if task == "semantic" else {}
+    folder = {"semantic": data.get("masks_dir"), "depth": "depth"}.get(task) or "labels"
+    return Form(task, classes, folder, int(data.get("kpt_shape", [0, 3])[1]), raw)
+
+
+def _translation(
+    theirs: Mapping[int, str], ours: Mapping[int, str], settings: Settings, single_class: bool
+) -> dict[int, int]:
+    """Return the class of the data by that of the teacher, of those of one name."""
+    if single_class and list(theirs.values()) == ["item"]:  # what Ultralytics calls the one of such a model
+        return {0: 0}
+    by_name = {name: i for i, name in ours.items()}
+    known = {i: by_name[name] for i, name in theirs.items() if name in by_name}
+    missing = [name for i, name in ours.items() if i not in known.values()]
+    if missing and (settings.pool_classes != "known" or not known):
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        remedy = " or pool_classes=known" if known else ""
+        raise ConfigError(
+            f"teacher={settings.teacher}: does not know {', '.join(missing[:4])}{more} of the data, and would call "
+            f"them background in unlabelled images; give a teacher that does,{remedy or ' or leave unlabeled out'}"
+        )
+    return known
+
+
+def _raw_ids(data: Mapping[str, Any]) -> dict[int, int]:
+    """Return what stands in a class map of the data for each of its classes: `label_mapping` backwards."""
+    mapping = {int(raw): kind for raw, kind in (data.get("label_mapping") or {}).items()}
+    return {kind: raw for raw, kind in mapping.items() if isinstance(kind, int) and 0 <= raw < 256}

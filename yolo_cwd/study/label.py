@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""`yolo_cwd label`: what would the teacher call the images that nobody has annotated?
+
+The first step of a training with `unlabeled=` alone, to be looked at before. The training uses these labels again.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ultralytics import YOLO
+from ultralytics.cfg import get_cfg
+from ultralytics.data.build import build_yolo_dataset
+from ultralytics.data.utils import check_det_dataset
+from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils.plotting import plot_images
+
+from yolo_cwd import digits
+from yolo_cwd.config import ConfigError, Settings, check_names, split_options
+from yolo_cwd.method.teacher import load_teacher
+from yolo_cwd.pool import store
+from yolo_cwd.pool.images import evenly, images_of_data, list_images
+
+SHEET = 9  # images of which the labels are drawn
+COMPARED = 64  # validation images that the teacher's confidence is measured on
+FAR_LOWER = 0.75  # of the confidence on the validation images
+WIDTH = 99
+
+
+def run(words: dict[str, Any]) -> store.Pool:
+    """Label images and print what was found.
+
+    Args:
+        words: `teacher`, `source` (or `unlabeled`), `data` if there are, and the options and arguments that matter.
+
+    Raises:
+        ConfigError: If they cannot be labelled.
+    """
+    words = {**words}
+    source = words.pop("source", None) or words.pop("unlabeled", None)
+    if source is None:
+        raise ConfigError("source: missing; give the images to label, such as source=path/to/images")
+    options, arguments = split_options(words)
+    check_names(arguments, DEFAULT_CFG_DICT)
+    settings = Settings.parse({**options, "unlabeled": source})
+    load_teacher(settings.teacher, settings.trust_teacher)
+    teacher = store.whole_teacher(settings, arguments.get("task"))
+    data = digits.resolve(arguments.get("data"), teacher.task)
+    args = get_cfg(DEFAULT_CFG_DICT, {**arguments, "data": data, "task": teacher.task})
+    pool = store.prepare(settings, teacher.task, args)
+    names = check_det_dataset(str(pool.data))["names"]
+    print(as_text(pool, settings, _draw(pool, args)))
+    for warning in _warnings(pool.found, names, _usual_confidence(teacher, settings, args)):
+        print(textwrap.fill(f"warning: {warning}", WIDTH))
+    return pool
+
+
+def as_text(pool: store.Pool, settings: Settings, sheet: Path) -> str:
+    """Return what is in a pool in words and a table."""
+    found = pool.found
+    lines = [f"{found.images:,} images labelled by {settings.teacher}"]
+    if found.task not in store.MAPS:
+        lines += [
+            f"{found.empty:,} without any object, {found.painted:,} with uncertain ones painted over",
+            f"mean confidence {found.confidence:.2f}",
+        ]
+    width = max(map(len, found.objects), default=0)
+    lines += ["", *(f"{name:{width}}  {number:>9,}" for name, number in found.objects.items()), ""]
+    return "\n".join([*lines, f"labels    {pool.folder}", f"pictures  {sheet}", f"data      {pool.data}"])
+
+
+def _draw(pool: store.Pool, args: Any) -> Path:
+    """Draw some images with their labels as a training reads them, and return where."""
+    listed = pool.data.with_suffix(".txt")
+    sample = listed.with_name(f"{listed.stem}-drawn.txt")
+    sample.write_text("\n".join(map(str, evenly(list_images([str(listed)]), SHEET))), encoding="utf-8")
+    data = check_det_dataset(str(pool.data))
+    args.rect = args.cache = False
+    dataset = build_yolo_dataset(args, str(sample), SHEET, data, mode="val")
+    batch = dataset.collate_fn([dataset[i] for i in range(len(dataset))])
+    sheet = sample.with_suffix(".jpg")
+    plot_images(batch, paths=batch["im_file"], fname=sheet, names=data["names"], max_subplots=SHEET, threaded=False)
+    return sheet
+
+
+def _usual_confidence(teacher: YOLO, settings: Settings, args: Any) -> float:
+    """Return the mean confidence of what a teacher finds in validation images; 0 if there are none."""
+    if not args.data:
+        return 0.0
+    images = evenly(images_of_data(check_det_dataset(str(args.data))).held_out, COMPARED)
+    asked = {"conf": settings.pool_conf, "imgsz": args.imgsz, "device": args.device, "verbose": False, "save": False}
+    found = [result.obb or result.boxes for image in images for result in teacher.predict(str(image), **asked)]
+    confidences = [x for boxes in found if boxes is not None for x in boxes.conf.tolist()]
+    return fmean(confidences) if confidences else 0.0
+
+
+def _warnings(found: store.Found, names: dict[int, str], usual: float) -> list[str]:
+    """Return what speaks against a training on these labels."""
+    warnings = []
+    absent = [name for name in names.values() if name not in found.objects]
+    if found.task != "depth" and absent:
+        more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
+        warnings.append(f"no image has {', '.join(absent[:8])}{more}")
+    if found.confidence < FAR_LOWER * usual:
+        warnings.append(
+            f"the teacher is far less sure here than on the validation images (mean confidence {found.confidence:.2f}, "
+            f"there {usual:.2f}): these images are of another kind"
+        )
+    return warnings

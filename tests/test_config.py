@@ -1,8 +1,6 @@
 """Options: defaults, forms of the values, and the course of the weight."""
 
 import math
-import re
-from pathlib import Path
 
 import pytest
 from conftest import STUDENT, TEACHER
@@ -133,14 +131,6 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         check_names({"epoch": 2}, {"epochs"})
     with pytest.raises(ConfigError, match="yolo_cwd settings"):
         check_names({"qqqq": 2}, {"epochs"})
-
-
-def test_the_readme_lists_every_option_with_its_default() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    rows = dict(re.findall(r"^\| `(\w+)` \|([^|]*)\|", readme, flags=re.MULTILINE))
-    shown = {name: value.strip().strip("`") for name, value in rows.items() if name in OPTIONS}
-    expected = {name: str("" if o.default is None else o.default).lower() for name, o in OPTIONS.items()}
-    assert {name: value.removesuffix(".0") for name, value in expected.items()} == shown
 
 
 REFUSALS = {

@@ -155,8 +155,8 @@ def interleaved(arms: dict[str, Callable[[], Any]], repeats: int, device: Any) -
     return times
 
 
-def make_trainer(arm: str, words: dict[str, Any], folder: Path) -> Any:
-    """Return a trainer of Ultralytics or ours, ready for its first step."""
+def make_trainer(arm: str, words: dict[str, Any], folder: Path, **more: Any) -> Any:
+    """Return a trainer of Ultralytics or ours, ready for its first step; `more` are training arguments."""
     from ultralytics.models.yolo.detect import DetectionTrainer
 
     from yolo_cwd import CWDTrainer, digits
@@ -164,7 +164,7 @@ def make_trainer(arm: str, words: dict[str, Any], folder: Path) -> Any:
     data = digits.build(folder, {"train": max(words["batch"], 4), "val": 4})
     teacher = teacher_checkpoint(words, folder)
     overrides = {
-        "model": f"{words['student']}.yaml",
+        "model": model_file(words["student"]),
         "data": str(data),
         "imgsz": words["imgsz"],
         "batch": words["batch"],
@@ -176,6 +176,7 @@ def make_trainer(arm: str, words: dict[str, Any], folder: Path) -> Any:
         "plots": False,
         "verbose": False,
         "project": str(folder / "runs"),
+        **more,
     }
     if arm == "plain":
         trainer = DetectionTrainer(overrides=overrides)
@@ -194,11 +195,17 @@ def teacher_checkpoint(words: dict[str, Any], folder: Path) -> Path:
     """Return the checkpoint of the teacher, which another process may have made, or make one."""
     from ultralytics import YOLO
 
-    path = Path(words["teacher"]) if words["teacher"].endswith(".pt") else folder / f"{words['teacher']}.pt"
+    file = Path(model_file(words["teacher"]))
+    path = file if file.suffix == ".pt" else folder / f"{file.stem}.pt"
     if not path.exists():
         torch.manual_seed(0)
-        YOLO(f"{words['teacher']}.yaml").save(path)
+        YOLO(file).save(path)
     return path
+
+
+def model_file(name: str) -> str:
+    """Return the file of a model: a .pt or .yaml as it is, and of another name Ultralytics' .yaml."""
+    return name if name.endswith((".pt", ".yaml")) else f"{name}.yaml"
 
 
 def first_batch(trainer: Any) -> dict[str, Any]:
@@ -209,19 +216,23 @@ def first_batch(trainer: Any) -> dict[str, Any]:
 
 
 def step_of(trainer: Any) -> Callable[[], None]:
-    """Return one training step of a trainer, as in Ultralytics' loop."""
-    from ultralytics.utils.torch_utils import autocast
-
+    """Return one training step of a trainer on one batch of its loader."""
     raw = next(iter(trainer.train_loader))
+    return lambda: take_step(trainer, raw)
 
-    def step() -> None:
-        with autocast(trainer.amp, device=trainer.device.type):
-            batch = trainer.preprocess_batch(dict(raw))
+
+def take_step(trainer: Any, raw: dict[str, Any]) -> None:
+    """Make a training step of a trainer on a batch of its loader, as in Ultralytics' loop."""
+    from ultralytics.utils.torch_utils import autocast, unwrap_model
+
+    with autocast(trainer.amp, device=trainer.device.type):
+        batch = trainer.preprocess_batch(dict(raw))
+        if trainer.args.compile:
+            loss, _ = unwrap_model(trainer.model).loss(batch, trainer.model(batch["img"]))
+        else:
             loss, _ = trainer.model(batch)
-        trainer.scaler.scale(loss.sum()).backward()
-        trainer.optimizer_step()
-
-    return step
+    trainer.scaler.scale(loss.sum()).backward()
+    trainer.optimizer_step()
 
 
 def loss_alone(trainer: Any, images: Any, fused: bool) -> Callable[[], None]:

@@ -236,7 +236,7 @@ def test_json_stands_alone_and_nothing_is_left(tmp_path: Path, pair: dict[str, s
         ("adapter=identity", "adapter=identity: P3 has 64 channels in the student and 128 in the teacher"),
         ("student=absent.pt", "student=absent.pt: "),
         ("device=0,1", "device=0,1: one device is enough to check"),
-        ("batch=-1", "batch=-1: "),
+        ("batch=-1", "batch=-1: a check measures a given one, such as batch=16"),
         ("batch=many", "batch=many"),
         ("data=absent.yaml", "data=absent.yaml: "),
     ],

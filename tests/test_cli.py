@@ -275,7 +275,10 @@ BAD_INPUT = {
     "grayscale data": (["data={folder}/gray.yaml"], "takes images of 3 channels"),
     "absent cfg": (["cfg=absent.yaml"], "cfg=absent.yaml: cannot be read"),
     "built-in distillation beside ours": (["distill_model=yolov8s.pt"], "distill_model=yolov8s.pt: "),
-    "automatic batch": (["batch=-1"], "batch=-1: "),
+    "automatic batch of several processes": (
+        ["device=0,1", "batch=-1"],
+        "batch=-1: is estimated for one process only; give a number of images, batch=32",
+    ),
     "absent devices": (["device=0,1", "batch=4"], "CUDA"),
     "batch that does not divide": (["device=0,1", "batch=3"], "batch=3: does not divide over 2 processes"),
     "absent device": (["device=7"], "CUDA"),

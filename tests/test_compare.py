@@ -95,7 +95,7 @@ def test_seeds() -> None:
         ({"model": "yolov8s.yaml"}, "model=yolov8s.yaml names another one"),
         ({"data": None}, "data=None: missing"),
         ({"device": "0,1"}, "device=0,1: "),
-        ({"batch": -1}, "batch=-1: "),
+        ({"batch": -1}, "batch=-1: would be another in every arm"),
         ({"arms": "plain,cwd:batch=0"}, "batch=0: "),
         ({"teacher": None}, "teacher: missing"),
         ({"split": "half"}, "split=half: must be one of"),

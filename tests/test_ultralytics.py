@@ -65,6 +65,7 @@ def test_seams_have_the_signatures_we_override() -> None:
     assert list(inspect.signature(BaseTrainer._load_checkpoint_state).parameters) == ["self", "ckpt"]
     assert list(inspect.signature(BaseTrainer.label_loss_items).parameters) == ["self", "loss_items", "prefix"]
     assert list(inspect.signature(DetectionTrainer.preprocess_batch).parameters) == ["self", "batch"]
+    assert list(inspect.signature(DetectionTrainer.auto_batch).parameters) == ["self"]
     assert issubclass(v10Detect, Detect)
 
 

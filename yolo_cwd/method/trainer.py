@@ -38,6 +38,7 @@ from yolo_cwd.method.fpn import (
     student_features,
 )
 from yolo_cwd.method.loss import CLASS_MAPS, CWDLoss
+from yolo_cwd.method.memory import DistilledStep
 from yolo_cwd.method.prepare import choose_precision, measure, prepare
 from yolo_cwd.method.student import as_it_is, is_reshaped
 from yolo_cwd.method.teacher import load_teacher
@@ -189,24 +190,40 @@ class DistillingTrainer(ResumableTrainer):
         self.add_callback("on_train_epoch_end", DistillingTrainer._report_dropped_terms)
 
     def _wrap_criterion(self) -> None:
-        student, features = unwrap_model(self.model), student_features
+        student = unwrap_model(self.model)
+        own = getattr(student, "criterion", None) or student.init_criterion()
+        self.criterion = student.criterion = self._wrapped(own, student, self.adapters)
+
+    def _wrapped(self, own: Any, student: Any, adapters: nn.ModuleList) -> CWDLoss:
+        """Return a criterion of the student's task with the divergences added, of weight 0 until an epoch begins."""
+        features = student_features
         if not isinstance(student.model[-1], Detect):  # others do not return what they have received
             features = (tap := HeadTap()).take
             student.model[-1].register_forward_pre_hook(tap)
-        self.criterion = student.criterion = CWDLoss(
-            getattr(student, "criterion", None) or student.init_criterion(),
-            adapters=self.adapters,
+        return CWDLoss(
+            own,
+            adapters=adapters,
             levels=self.levels,
             level_weights=self.level_weights,
             tau=self.cwd.tau,
             normalize=self.cwd.normalize,
-            weight=0.0,  # until the first epoch begins
+            weight=0.0,
             balanced=self.cwd.balanced,
             classes=self.classes,
             class_weight=self.class_weight,
             device=self.device,
             features=features,
         )
+
+    def auto_batch(self) -> int:
+        """Estimate the batch as Ultralytics does, by what a distilled step needs instead of the student alone."""
+        student = self.model
+        if self.cwd.cwd:
+            self.model = DistilledStep(unwrap_model(student), self.adapters, self.teacher, self._wrapped)
+        try:
+            return int(super().auto_batch())
+        finally:
+            self.model = student
 
     def _prepare(self) -> None:
         """Choose the precision, fit the adapters and measure first gradients, or take up what the run had."""

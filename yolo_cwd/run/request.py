@@ -186,10 +186,14 @@ def refuse_unsupported(args: Any) -> None:
         ),
         ("mode", args.mode != "train", f"'yolo_cwd train' trains; use 'yolo {args.mode}'"),
         ("distill_model", args.distill_model is not None, "is Ultralytics' own distillation; use teacher= instead"),
-        ("batch", args.batch < 1, "the memory estimate does not know the teacher; give a number of images, batch=16"),
         (
             "batch",
-            args.batch % processes != 0,
+            args.batch < 1 and (processes > 1 or RANK != -1),
+            f"is estimated for one process only; give a number of images, batch={16 * processes}",
+        ),
+        (
+            "batch",
+            args.batch >= 1 and args.batch % processes != 0,
             f"does not divide over {processes} processes; give a multiple of {processes}",
         ),
     )

@@ -55,6 +55,8 @@ class Trial(Unheard, CWDTrainer):
 
     def get_dataset(self) -> Any:
         """Resolve `data`, or make up two full batches of digits, labelled with the student's first classes."""
+        if self.args.batch < 1:
+            raise ConfigError(f"batch={self.args.batch}: a check measures a given one, such as batch=16")
         if self.args.data == MADE_UP:
             names = {0: "object"}
             with suppress(Exception):  # what is wrong with the student is said where it is built

@@ -174,9 +174,12 @@ def _plain(arm: Arm) -> dict[str, Any]:
 
 def _check(arguments: dict[str, Any]) -> None:
     try:
-        refuse_unsupported(get_cfg(overrides={**arguments}))
+        args = get_cfg(overrides={**arguments})
+        refuse_unsupported(args)
     except (TypeError, ValueError) as error:
         raise ConfigError(first_line(error)) from error
+    if args.batch < 1:
+        raise ConfigError(f"batch={args.batch}: would be another in every arm; give a number of images, batch=16")
     if "," in (device := parse_device(arguments.get("device"))):
         raise ConfigError(
             f"device={device}: a run of a comparison has one device; start the comparison once for each, with "

@@ -194,7 +194,7 @@ def test_other_classes_are_no_score(tmp_path: Path, pair: dict[str, str], data: 
     found = examine({**WORDS, "teacher": "yolov8n.yaml", "data": data}, tmp_path)
     assert not found["same_classes"]
     assert found["scores"] == {"teacher": None, "student": None}
-    assert "does not know the classes" in found["verdict"]
+    assert "does not know the task or the classes" in found["verdict"]
     assert "classes   the teacher has 80 and the data 10; only the teacher has 10, 11, 12, 13" in as_text(found)
     assert "That is no obstacle" in found["classes"]
     assert max(map(len, as_text(found).splitlines())) <= 100

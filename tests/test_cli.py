@@ -350,7 +350,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_a_full_disk_is_one_line(
+def test_a_full_disk(
     number: int, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_model = ResumableTrainer.save_model

@@ -57,7 +57,13 @@ TO_RUN = [c for c in all_commands(*SHORT_PAGES, *RECIPES) if c not in ELSEWHERE 
 
 
 def test_commands_are_found() -> None:
-    assert {c.split()[1] for c in TO_RUN if c.startswith("yolo_cwd ")} >= {"train", "check", "compare", "label", "settings"}
+    assert {c.split()[1] for c in TO_RUN if c.startswith("yolo_cwd ")} >= {
+        "train",
+        "check",
+        "compare",
+        "label",
+        "settings",
+    }
     assert len([c for c in TO_RUN if "cfg=cfg/recipes/" in c]) >= len(RECIPES)
     assert any(command.startswith("yolo export") for command in TO_RUN)
 

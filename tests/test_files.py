@@ -169,7 +169,8 @@ def _opened_without_encoding(tree: ast.AST) -> Iterator[int]:
         name = getattr(call.func, "attr", getattr(call.func, "id", ""))
         words = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
         needed = {"read_text": 1, "write_text": 2}.get(name, 0)  # arguments, if the encoding is one without a name
-        if len(call.args) < needed or (name in {"open", "fdopen"} and not any("b" in word for word in words)):
+        image = getattr(getattr(call.func, "value", None), "id", "") == "Image"  # Pillow's, which is no text
+        if len(call.args) < needed or (name in {"open", "fdopen"} and not image and not any("b" in w for w in words)):
             yield call.lineno
 
 

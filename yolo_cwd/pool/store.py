@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import json
+import locale
 import os
 import shutil
 import tempfile
@@ -390,7 +391,7 @@ def _predictions(plan: _Plan, images: Sequence[str]) -> Iterator[Any]:
     asked_for = set(images)
     listing = Path(tempfile.mkstemp(suffix=".txt", dir=plan.folder)[1])  # Ultralytics loads what is given as a list
     try:
-        listing.write_text("\n".join(images))  # in the encoding that it is read in
+        listing.write_text("\n".join(images), encoding=locale.getpreferredencoding(False))  # in which it is read
         asked = {"conf": conf, "imgsz": args.imgsz, "batch": args.batch, "device": _device(args.device)}
         for result in plan.teacher.predict(str(listing), stream=True, verbose=False, save=False, **asked):
             if result.path in asked_for:

@@ -15,7 +15,7 @@ from ultralytics.utils.torch_utils import parse_device
 from yolo_cwd.config import ConfigError, Settings, check_names, merge, model_path, read_cfg, split_options
 from yolo_cwd.run.distributed import WORLD_SIZE
 from yolo_cwd.run.state import RunState, load_state
-from yolo_cwd.tasks import Task, task_of_student
+from yolo_cwd.tasks import ALL, Task, task_of_student
 
 EXTRA_ARGUMENTS = {"augmentations", "save_dir"}  # training arguments that Ultralytics takes without a default
 REPLACEABLE = {"teacher", "trust_teacher"}  # options that a resumed run may be given anew
@@ -90,9 +90,10 @@ def task_of(cfg: Any, overrides: dict[str, Any]) -> Task:
     student = given.get("student") or given.get("model")
     if resume := given.get("resume"):
         student = resume if isinstance(resume, str | Path) else student or get_latest_run()
-    return task_of_student(
-        model_path("student", student) if isinstance(student, str | Path) else student, given.get("task")
-    )
+    if not student:  # `read` says what is missing
+        return ALL[0]
+    named = model_path("student", student) if isinstance(student, str | Path) else student
+    return task_of_student(named, overrides.get("task"))
 
 
 def _below(cfg: Any) -> dict[str, Any]:

@@ -361,6 +361,7 @@ def test_a_full_disk(
         save_model(trainer)
 
     monkeypatch.setattr(ResumableTrainer, "save_model", full)
+    monkeypatch.setattr("yolo_cwd.config.LONGEST", 1000)  # paths of tests are long
     given = [f"teacher={TEACHER}", f"student={STUDENT}", f"data={data}", *SHORT, "epochs=2", f"project={tmp_path}"]
     assert main(["train", *given]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("yolo_cwd: ")]

@@ -337,8 +337,8 @@ def test_only_seeds_of_both_arms_are_paired() -> None:
 def test_an_arm_may_be_compared_with_another_one() -> None:
     more = [result("taught", seed, score) for seed, score in enumerate((0.36, 0.36, 0.36))]
     arms = summarize(["plain", "cwd", "taught"], TEACHER, [*RESULTS, *more], {"taught": "cwd"})["arms"]
-    assert arms["taught"]["difference"] == pytest.approx(0.02)
-    assert arms["cwd"]["difference"] == pytest.approx(0.03)
+    assert arms["taught"]["gain"] == pytest.approx(0.02)
+    assert arms["cwd"]["gain"] == pytest.approx(0.03)
 
 
 def test_a_teacher_that_is_no_better_is_named() -> None:

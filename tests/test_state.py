@@ -56,7 +56,7 @@ def resume(last: Path, callbacks: dict[str, Any] | None = None, **overrides: Any
 
 def test_one_command_begins_a_named_run_and_goes_on_with_it(train: Train, tmp_path: Path) -> None:
     last = interrupted(train, tmp_path, 2, epochs=3, resume=True)
-    trainer = train(name="run", epochs=3, resume=True)
+    trainer = train(final=True, name="run", epochs=3, resume=True)
     assert trainer.last == last
     assert trainer.start_epoch == 2
     assert [row["epoch"] for row in rows(trainer)] == [1, 2, 3]

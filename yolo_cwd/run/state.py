@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yolo_cwd.config import ConfigError, first_line
+from yolo_cwd.config import ConfigError
 from yolo_cwd.run.files import remove_leftovers, write_whole
 
 FILE = "cwd.pt"
@@ -112,4 +112,7 @@ def load_state(checkpoint: Path) -> RunState:
         content = torch.load(file, map_location="cpu", weights_only=True)
         return RunState(content["options"], content["epochs"], content.get("start"))
     except Exception as error:
-        raise ConfigError(f"resume={checkpoint}: {file} cannot be read ({first_line(error)})") from error
+        raise ConfigError(
+            f"resume={checkpoint}: {FILE} cannot be read, it is torn or no state of a run; 'yolo train resume' goes on "
+            "without a teacher"
+        ) from error

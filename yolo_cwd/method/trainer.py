@@ -145,6 +145,8 @@ class DistillingTrainer(ResumableTrainer):
         try:
             with distributed.first_here_first():
                 checkpoint = super().setup_model()
+        except ConfigError:
+            raise
         except Exception as error:
             raise unusable_student(vars(self.args), error) from error
         student = pyramid_taps(self.model, f"student={self.args.model}")

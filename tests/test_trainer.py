@@ -402,7 +402,7 @@ def test_every_family_in_both_roles(train: Train, student: str, teacher: str) ->
     for items in steps:
         assert list(items) == sorted(common)
         assert all(0 < value < 1e3 for value in items.values())
-    assert type(torch.load(trainer.last, weights_only=False)["model"]) is DetectionModel
+    assert type(torch.load(trainer.last, weights_only=False)["ema"]) is DetectionModel
 
 
 def test_python_api_of_ultralytics(data: str, tmp_path: Path, checkpoints: Path) -> None:

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,7 +136,8 @@ def short(verb: str, folder: Path) -> list[str]:
         return ["imgsz=64", "simplify=False"]  # the simplifier is one package more, and Ultralytics' matter
     words = [f"{name}={value}" for name, value in TINY.items() if verb != "val" or name not in {"epochs", "amp"}]
     if verb == "compare":
-        return [*words, "val=False", "seeds=1", f"folder={folder / 'compare'}"]
+        place = tempfile.mkdtemp(prefix="compare-", dir=folder)  # one folder holds one comparison
+        return [*words, "val=False", "seeds=1", f"folder={place}"]
     return [*words, f"project={folder / 'runs' / 'detect'}", "exist_ok=True"]
 
 
@@ -157,7 +159,7 @@ def test_command_runs(
         elif verb in {"train", "check", "compare"}:
             words += short(verb, folder)
         assert cli.main(words) == 0
-    made = {"train": "runs/**/best.pt", "export": "runs/**/best.onnx", "compare": "compare/summary.md"}.get(verb)
+    made = {"train": "runs/**/best.pt", "export": "runs/**/best.onnx", "compare": "compare-*/summary.md"}.get(verb)
     if made:
         assert max(file.stat().st_mtime for file in folder.glob(made)) >= begin
 

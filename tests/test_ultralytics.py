@@ -92,5 +92,5 @@ def test_end_to_end_criteria_are_updated_once_an_epoch(train: Callable[..., CWDT
 
 def test_its_own_search_takes_no_trainer() -> None:
     """Docs/limits.md says so, and that Ray Tune does."""
-    with pytest.raises(SyntaxError, match="teacher.* is not a valid YOLO argument"):
+    with pytest.raises(SyntaxError, match=r"teacher.* is not a valid YOLO argument"):
         YOLO(STUDENT).tune(trainer=CWDTrainer, teacher=TEACHER, iterations=1, epochs=1)

@@ -170,3 +170,9 @@ def test_a_model_object_as_student_is_told_its_own_way() -> None:
         ConfigError, match=r"^model=YOLO: takes the path of a model; to train a YOLO object call its train"
     ):
         CWDTrainer(overrides={"model": YOLO(STUDENT), "teacher": TEACHER, "data": "digits"})
+
+
+@pytest.mark.parametrize("key", ["backbone", "MyAtt"])
+def test_a_key_that_a_model_file_lacks_is_said_in_words(key: str) -> None:
+    error = unusable_model("student=x.yaml", KeyError(key), "give an existing .yaml model")
+    assert str(error) == f"student=x.yaml: '{key}' is missing in it, or unknown; give an existing .yaml model"

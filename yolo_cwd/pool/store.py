@@ -31,14 +31,13 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 from ultralytics import YOLO
-from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOCAL_RANK, LOGGER, TQDM, colorstr
 from ultralytics.utils.checks import check_model_file_from_stem
 from ultralytics.utils.downloads import attempt_download_asset
 from ultralytics.utils.torch_utils import parse_device
 
-from yolo_cwd.config import ConfigError, Settings, unusable_data
+from yolo_cwd.config import ConfigError, Settings
 from yolo_cwd.digits import cache_folder
 from yolo_cwd.pool.images import (
     Split,
@@ -56,6 +55,7 @@ from yolo_cwd.pool.labels import Form, label_of, painted
 from yolo_cwd.run.distributed import first_here_first
 from yolo_cwd.run.files import put, write_whole
 from yolo_cwd.run.refusal import disk_is_full
+from yolo_cwd.run.request import data_of
 
 VERSION = 1  # part of the key: raise it with every change of what is written
 OF_DATA = ("data", "imgsz", "single_cls", "fraction", "split")  # arguments that a resumed run takes from its checkpoint
@@ -150,19 +150,6 @@ def _file_of(teacher: str) -> Path:
     return Path(attempt_download_asset(check_model_file_from_stem(teacher)))
 
 
-def data_of(args: Any) -> dict[str, Any]:
-    """Return the data set of a training as Ultralytics resolves it, with its own classes.
-
-    Raises:
-        ConfigError: If it cannot be used.
-    """
-    try:
-        data: dict[str, Any] = BaseTrainer.get_dataset(SimpleNamespace(args=_copy(args, single_cls=False)))
-        return data
-    except RuntimeError as error:
-        raise unusable_data(args.data, error.__cause__ or error) from error
-
-
 def _copy(args: Any, **changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**vars(args), **changes})
 
@@ -185,7 +172,7 @@ def count(settings: Settings, args: Any) -> Survey:
     Raises:
         ConfigError: If there is none.
     """
-    data = data_of(args) if args.data else {}
+    data = data_of(_copy(args, single_cls=False)) if args.data else {}
     split = images_of_data(data)
     images = list_images(settings.unlabeled, "unlabeled")
     return _chosen(settings, images, split, len(_share(split.train, args.fraction)))
@@ -220,7 +207,7 @@ def prepare(settings: Settings, task: str | None, args: Any) -> Pool:
     args = _as_begun(args)
     with first_here_first():
         teacher = whole_teacher(settings, task)
-        data = data_of(args) if args.data else _data_like(teacher)
+        data = data_of(_copy(args, single_cls=False)) if args.data else _data_like(teacher)
     form = form_of(teacher, data, settings, bool(args.single_cls))
     plan = _Plan(teacher, settings, form, args, _folder(settings, form, args.imgsz, data))
     try:

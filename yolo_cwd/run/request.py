@@ -5,14 +5,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from ultralytics.cfg import _handle_deprecation, cfg2dict, get_cfg, get_save_dir
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK, colorstr
 from ultralytics.utils.files import get_latest_run
 from ultralytics.utils.torch_utils import parse_device
 
-from yolo_cwd.config import ConfigError, Settings, check_names, merge, model_path, read_cfg, split_options
+from yolo_cwd.config import (
+    ConfigError,
+    Settings,
+    check_names,
+    merge,
+    model_path,
+    read_cfg,
+    split_options,
+    unusable_data,
+)
 from yolo_cwd.run.distributed import WORLD_SIZE
 from yolo_cwd.run.state import RunState, load_state
 from yolo_cwd.tasks import ALL, Task, task_of_student
@@ -98,6 +109,19 @@ def task_of(cfg: Any, overrides: dict[str, Any]) -> Task:
 
 def _below(cfg: Any) -> dict[str, Any]:
     return read_cfg(cfg) if isinstance(cfg, str | Path) else dict(cfg2dict(cfg))
+
+
+def data_of(args: Any) -> dict[str, Any]:
+    """Return the data set that the arguments of a training name, by Ultralytics' own rule.
+
+    Raises:
+        ConfigError: If it cannot be used.
+    """
+    try:
+        data: dict[str, Any] = BaseTrainer.get_dataset(SimpleNamespace(args=args))
+        return data
+    except RuntimeError as error:
+        raise unusable_data(args.data, error.__cause__ or error) from error
 
 
 def plain_options(settings: Settings, student: str, strides: Sequence[int]) -> dict[str, Any]:

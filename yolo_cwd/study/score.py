@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.data.utils import add_polygon_background
-from ultralytics.engine.trainer import BaseTrainer
 
-from yolo_cwd.config import ConfigError, split_options, unusable_data
+from yolo_cwd.config import ConfigError, split_options
+from yolo_cwd.run.request import data_of
 from yolo_cwd.tasks import TASKS, Task
 
 OF_TRAINING = {
@@ -66,10 +65,7 @@ def classes_of_data(arguments: dict[str, Any], split: str, task: Task) -> dict[i
         ConfigError: If the data cannot be used, or have no such split.
     """
     args = get_cfg(DEFAULT_CFG_DICT, {**split_options(arguments)[1], "split": split})
-    try:
-        data = BaseTrainer.get_dataset(SimpleNamespace(args=args))
-    except RuntimeError as error:
-        raise unusable_data(args.data, error.__cause__ or error) from error
+    data = data_of(args)
     if task.name == "semantic":
         data = add_polygon_background(data)
     if not data.get(split):

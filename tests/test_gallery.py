@@ -6,7 +6,8 @@ import cv2
 from conftest import STUDENT, narrow
 from ultralytics import YOLO
 
-from yolo_cwd.view.gallery import draw_side_by_side, spread
+from yolo_cwd.view.gallery import draw_side_by_side
+from yolo_cwd.view.plots import spread
 
 
 def test_items_are_spread_evenly() -> None:

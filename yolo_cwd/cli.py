@@ -167,7 +167,7 @@ def command_of(typed: Sequence[str], commands: Collection[str]) -> tuple[str, li
         return "help", named
     if "version" in asked or flags & {"-v", "-V"}:
         return "version", []
-    known = "give one of train, check, compare, label, demo, settings, help, version"
+    known = f"give one of {', '.join(commands)}"
     if not named:
         if elsewhere := [word for word in asked if word in ELSEWHERE]:
             raise ConfigError(f"{elsewhere[0]}: a command of Ultralytics; use 'yolo {elsewhere[0]}'")

@@ -92,7 +92,8 @@ def pyramid_taps(model: nn.Module, argument: str) -> dict[int, Tap]:
     some = next(model.parameters(), torch.zeros(()))
     image = torch.zeros(1, image_channels(model), PROBE, PROBE, device=some.device, dtype=some.dtype)
     try:
-        with _evaluating(model):
+        with modes_untouched(model):
+            model.eval()
             maps = head_inputs(model, image) if isinstance(model, BaseModel) else _maps(model(image))
     except Exception as error:
         remedy = "give a YOLO model of a task other than classify, or a module that returns a list of maps"
@@ -112,9 +113,9 @@ def pyramid_taps(model: nn.Module, argument: str) -> dict[int, Tap]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def modes_untouched(model: nn.Module) -> Iterator[None]:
+    """Put the modes of all parts of a model, training or evaluation, back where they were."""
     modes = {m: m.training for m in model.modules()}
-    model.eval()
     try:
         yield
     finally:

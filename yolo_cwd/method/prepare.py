@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ultralytics.utils import LOCAL_RANK, RANK
 from ultralytics.utils.torch_utils import autocast, unwrap_model
 
-from yolo_cwd.method.fpn import student_scores
+from yolo_cwd.method.fpn import modes_untouched, student_scores
 from yolo_cwd.method.loss import CWDLoss
 from yolo_cwd.method.teacher import Teacher
 from yolo_cwd.run import distributed
@@ -183,18 +183,16 @@ def random_numbers_untouched() -> Iterator[None]:
 @contextmanager
 def statistics_untouched(model: nn.Module) -> Iterator[None]:
     """Let a model run in training mode without a trace in its normalization statistics, and put its mode back."""
-    modes = {m: m.training for m in model.modules()}
-    layers = [m for m in modes if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [(m, m.momentum, m.num_batches_tracked) for m in layers]
     for m in layers:
         m.momentum = 0.0
         if m.num_batches_tracked is not None:
             m.num_batches_tracked = m.num_batches_tracked.clone()
-    model.train()
     try:
-        yield
+        with modes_untouched(model):
+            model.train()
+            yield
     finally:
         for m, momentum, count in kept:
             m.momentum, m.num_batches_tracked = momentum, count
-        for module, mode in modes.items():
-            module.training = mode

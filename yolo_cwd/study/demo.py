@@ -23,8 +23,8 @@ from ultralytics.utils.torch_utils import get_flops, get_num_params
 from yolo_cwd import digits
 from yolo_cwd.tasks import TASKS
 from yolo_cwd.trainer import CWDTrainer
-from yolo_cwd.view.gallery import draw_side_by_side, spread
-from yolo_cwd.view.plots import COLOURS, drawn
+from yolo_cwd.view.gallery import draw_side_by_side
+from yolo_cwd.view.plots import COLOURS, drawn, spread
 from yolo_cwd.view.report import read_rows
 
 TEACHER_MODEL = "yolov8n.yaml"

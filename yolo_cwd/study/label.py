@@ -23,11 +23,11 @@ from yolo_cwd.config import ConfigError, Settings, check_names, split_options
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.pool import store
 from yolo_cwd.pool.images import evenly, images_of_data, list_images
+from yolo_cwd.study.advice import WIDTH
 
 SHEET = 9  # images of which the labels are drawn
 COMPARED = 64  # validation images that the teacher's confidence is measured on
 FAR_LOWER = 0.75  # of the confidence on the validation images
-WIDTH = 99
 
 
 def run(words: dict[str, Any]) -> store.Pool:

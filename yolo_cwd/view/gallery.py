@@ -16,11 +16,6 @@ from yolo_cwd.view.plots import drawn
 SHOWN_SIZE = 480  # pixels of the longer side of an image: room for the names of classes
 
 
-def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """Return some items, spread evenly over a sequence: nobody has picked them."""
-    return [items[i] for i in sorted({i * len(items) // count for i in range(count)})]
-
-
 @drawn
 def draw_side_by_side(
     file: Path,

@@ -81,9 +81,14 @@ def most_divergent(divergence: Tensor, count: int = CHANNELS) -> list[int]:
     return order[:count]
 
 
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """Return some items, spread evenly over a sequence: nobody has picked them."""
+    return [items[i] for i in sorted({i * len(items) // count for i in range(count)})]
+
+
 def probe_images(dataset: Any, size: int) -> Tensor:
     """Return a few images [N, C, size, size] in 0 to 1, spread over a data set of Ultralytics, without augmentation."""
-    chosen = sorted({i * len(dataset) // IMAGES for i in range(IMAGES)})
+    chosen = spread(range(len(dataset)), IMAGES)
     images = [LetterBox((size, size))(image=dataset.load_image(i)[0]) for i in chosen]  # [H, W, C], BGR
     images = [image[..., ::-1] if image.shape[-1] == 3 else image for image in images]
     return torch.from_numpy(np.stack(images).copy()).permute(0, 3, 1, 2) / 255

@@ -119,6 +119,22 @@ class Teacher(nn.Module):
         """Stay in evaluation mode, whatever the mode of the training around it."""
         return super().train(False)
 
+    def require_channels(self, channels: int, data: Any) -> None:
+        """Refuse images that it cannot take.
+
+        Args:
+            channels: Channels of the images of the data.
+            data: What the user named the data by.
+
+        Raises:
+            ConfigError: If it takes images of other channels.
+        """
+        if self.image_channels != channels:
+            raise ConfigError(
+                f"{self.argument}: takes images of {self.image_channels} channels, data={data} has {channels}; choose "
+                "a teacher trained on such images"
+            )
+
     def show_classes(self, names: Sequence[str]) -> list[int]:
         """Return its class maps as well from now on, of those of the named classes that it knows.
 

@@ -23,11 +23,12 @@ import torch
 from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.modules.head import Detect
-from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, colorstr
+from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_cwd import digits
-from yolo_cwd.config import WEIGHT_COLUMN, ConfigError, unusable_data
+from yolo_cwd.config import ConfigError
+from yolo_cwd.method import columns
 from yolo_cwd.method.fpn import (
     HeadTap,
     Level,
@@ -37,22 +38,21 @@ from yolo_cwd.method.fpn import (
     pyramid_taps,
     student_features,
 )
+from yolo_cwd.method.lesson import LessonWatch
 from yolo_cwd.method.loss import CLASS_MAPS, CWDLoss
 from yolo_cwd.method.memory import DistilledStep
 from yolo_cwd.method.prepare import choose_precision, measure, prepare
 from yolo_cwd.method.student import as_it_is, is_reshaped
 from yolo_cwd.method.teacher import load_teacher
-from yolo_cwd.pool import store
+from yolo_cwd.pool.trainer import PooledTrainer
 from yolo_cwd.run import distributed, request
-from yolo_cwd.run.refusal import unusable_student
-from yolo_cwd.run.resumable import ResumableTrainer
+from yolo_cwd.run.refusal import require_autocast, unusable_student
 from yolo_cwd.tasks import task_of_trainer
 
-UNTAUGHT_BATCHES = 3  # after as many, a training that is not taught stops
 STUDENT_CLIP_NORM = 10.0  # what Ultralytics clips the student's gradient norm to
 
 
-class DistillingTrainer(ResumableTrainer):
+class DistillingTrainer(PooledTrainer):
     """Train a model with channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256).
 
     A class that is also derived from Ultralytics' trainer of a task (tasks.py) trains for that task.
@@ -66,7 +66,6 @@ class DistillingTrainer(ResumableTrainer):
         adapters: One module a level, from student to teacher channels, trained with the student.
         reshaped: Whether the student keeps the shape of its checkpoint, which its YAML no longer describes.
         criterion: The student's criterion, once the training has begun.
-        pool: Images without labels, labelled by the teacher; None if there are none.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class DistillingTrainer(ResumableTrainer):
         self.classes: list[int] = []
         self.class_weight = 0.0
         self.criterion: CWDLoss | None = None
-        self._batches = self._weighted_batches = 0
+        self._batches = 0
         self.explained: list[float] = []
         self.reshaped = False
         super().__init__(asked, arguments, _callbacks)
@@ -152,13 +151,8 @@ class DistillingTrainer(ResumableTrainer):
         student = pyramid_taps(self.model, f"student={self.args.model}")
         self.levels = match_levels(student, self.teacher.taps, self.cwd.levels)
         self.level_weights = self.cwd.weights_of([level.name for level in self.levels])
-        if self.teacher.image_channels != (channels := self.data.get("channels", 3)):
-            raise ConfigError(
-                f"{self.teacher.argument}: takes images of {self.teacher.image_channels} channels, data="
-                f"{self.args.data} has {channels}; choose a teacher trained on such images"
-            )
-        if self.args.amp == "bf16" and self.device.type != "cuda":
-            raise ConfigError(f"amp=bf16: Ultralytics has it on CUDA only, not on device={self.device}; use amp=False")
+        self.teacher.require_channels(self.data.get("channels", 3), self.args.data)
+        require_autocast(self.args.amp, self.device)
         self.adapters = build_adapters(self.levels, self.cwd.adapter).to(self.device)
         distributed.spread(self.adapters)
         if self.cwd.cwd:
@@ -188,8 +182,7 @@ class DistillingTrainer(ResumableTrainer):
             self._wrap_criterion()
             self._prepare()
         self.add_callback("on_train_epoch_start", DistillingTrainer._begin_epoch)
-        self.add_callback("on_train_batch_end", DistillingTrainer._require_a_lesson)
-        self.add_callback("on_train_epoch_end", DistillingTrainer._report_dropped_terms)
+        LessonWatch(self)
 
     def _wrap_criterion(self) -> None:
         student = unwrap_model(self.model)
@@ -248,89 +241,22 @@ class DistillingTrainer(ResumableTrainer):
         self.criterion.begin_epoch(self.cwd.weight(self.epoch, self.epochs) * self.cwd.cwd_every)
         self._batches = 0
 
-    def _require_a_lesson(self) -> None:
-        """Stop a training that was promised a teacher and is not taught, after a few batches.
-
-        Raises:
-            ConfigError: If no divergence was computed, none reached the student, or all were 0.
-        """
-        assert self.criterion is not None
-        if not self.criterion.weight:
-            return
-        self._weighted_batches += 1
-        if self._weighted_batches != UNTAUGHT_BATCHES * self.cwd.cwd_every:
-            return
-        teacher = self.teacher.argument
-        if not self.criterion.taught:
-            raise ConfigError(
-                f"{teacher}: teaches nothing, its loss was never computed; a callback or a subclass replaces the "
-                "student's criterion, its loss() or preprocess_batch(): let it call ours"
-            )
-        if not self.criterion.reaches:
-            raise ConfigError(f"freeze={self.args.freeze}: {teacher} cannot reach the student; freeze fewer layers")
-        if not self.criterion.dropped and not any(self.criterion.columns["nats"].values()):
-            raise ConfigError(f"tau={self.cwd.tau:g}: {teacher} teaches nothing, every divergence is 0; use tau=1")
-
-    def _report_dropped_terms(self) -> None:
-        assert self.criterion is not None
-        if dropped := int(self.criterion.dropped):
-            LOGGER.warning(f"{colorstr('CWD:')} {dropped} terms of this epoch were not finite and have been left out")
-            self.criterion.dropped = 0
-
     def measured(self) -> list[list[float]]:
         """Return what the meter has measured, by which a resumed run goes on."""
         return self.criterion.meter.means.tolist() if self.criterion is not None else []
 
     def own_columns(self) -> set[str]:
         """Return the names of our columns in `results.csv`."""
-        kinds = self.criterion.columns.items() if self.criterion is not None else ()
-        return {"train/cwd_loss", WEIGHT_COLUMN, *(f"train/{name}_{kind}" for kind, names in kinds for name in names)}
+        return columns.names(self.criterion)
+
+    def label_loss_items(self, loss_items: dict[str, Any] | None = None, prefix: str = "train") -> Any:
+        """Label the loss items as Ultralytics does, and in training with what `results.csv` has of every level."""
+        labels = super().label_loss_items(loss_items, prefix)
+        weight = self.criterion.weight / self.cwd.cwd_every if self.criterion is not None else 0.0
+        return columns.label(labels, prefix, self.criterion, weight)
 
     @property
     def weights_by_level(self) -> dict[str, float]:
         """The weight of every distilled level by its name, and of the class maps, before the overall weight."""
         weights = {level.name: weight for level, weight in zip(self.levels, self.level_weights, strict=True)}
         return {**weights, CLASS_MAPS: self.class_weight} if self.classes else weights
-
-    def label_loss_items(self, loss_items: dict[str, Any] | None = None, prefix: str = "train") -> Any:
-        """Label the loss items, in training with the term of every level before their sum, and with the weight.
-
-        The progress bar shows the sum alone. The divergences exist in training only, so validation gets no column of
-        zeros.
-        """
-        labels = super().label_loss_items(loss_items, prefix)
-        total = f"{prefix}/cwd_loss"
-        if not isinstance(labels, dict):
-            return [name for name in labels if name != total]
-        ours = {total: labels.pop(total, 0.0)}
-        if prefix == "val" or self.criterion is None:
-            return labels
-        kinds = {
-            kind: {f"{prefix}/{name}_{kind}": value for name, value in values.items()}
-            for kind, values in self.criterion.columns.items()
-        }
-        weight = {WEIGHT_COLUMN: self.criterion.weight / self.cwd.cwd_every}
-        return {**labels, **kinds["loss"], **ours, **weight, **kinds["share"], **kinds["nats"]}
-
-    def label_pool(self, args: Any) -> store.Pool | None:
-        """Let the teacher label the images of `unlabeled`."""
-        return store.prepare(self.cwd, self.task.name, args)
-
-    def build_dataset(self, img_path: Any, mode: str = "train", batch: int | None = None) -> Any:
-        """Build a dataset as Ultralytics does; `fraction` is of the labelled images, the pool has its `pool_ratio`."""
-        whole = self.pool is not None and mode == "train"
-        fraction = self.args.fraction
-        self.args.fraction = 1.0 if whole else fraction
-        try:
-            return super().build_dataset(img_path, mode, batch)
-        finally:
-            self.args.fraction = fraction
-
-    def get_dataset(self) -> Any:
-        """Resolve `data` as Ultralytics does, and add the images that the teacher has labelled."""
-        try:
-            data = super().get_dataset()
-            return {**data, "train": self.pool.train} if self.pool else data
-        except RuntimeError as error:
-            distributed.let_others_follow()  # to the same error, instead of waiting for an end that never comes
-            raise unusable_data(self.args.data, error.__cause__ or error) from error

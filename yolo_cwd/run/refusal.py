@@ -49,6 +49,16 @@ def unusable_student(arguments: Mapping[str, Any], error: BaseException) -> Conf
     return unusable_model(f"student={student}", error, "give an existing .pt checkpoint or .yaml model")
 
 
+def require_autocast(amp: Any, device: Any) -> None:
+    """Refuse a mixed precision that Ultralytics does not have on a device.
+
+    Raises:
+        ConfigError: If it is bfloat16, and the device none of CUDA.
+    """
+    if amp == "bf16" and device.type != "cuda":
+        raise ConfigError(f"amp=bf16: Ultralytics has it on CUDA only, not on device={device}; use amp=False")
+
+
 def disk_is_full(error: BaseException) -> bool:
     """Return whether nothing can be written any more."""
     return isinstance(error, OSError) and error.errno in FULL

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The columns that distillation adds to `results.csv`: the term, the share and the divergence of every level."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from yolo_cwd.config import WEIGHT_COLUMN
+from yolo_cwd.method.loss import CWDLoss
+
+TOTAL = "cwd_loss"
+
+
+def names(criterion: CWDLoss | None) -> set[str]:
+    """Return the names of our columns."""
+    kinds = criterion.columns.items() if criterion is not None else ()
+    return {f"train/{TOTAL}", WEIGHT_COLUMN, *(f"train/{name}_{kind}" for kind, values in kinds for name in values)}
+
+
+def label(labels: Any, prefix: str, criterion: CWDLoss | None, weight: float) -> Any:
+    """Return the loss items of Ultralytics with ours, in training the term of every level before their sum.
+
+    The progress bar shows the sum alone. The divergences exist in training only, so validation gets no column of
+    zeros.
+
+    Args:
+        labels: What Ultralytics makes of the items: values by name, or the names alone.
+        prefix: `train` or `val`.
+        criterion: The student's criterion; None before the training has begun.
+        weight: The overall weight of this epoch.
+    """
+    total = f"{prefix}/{TOTAL}"
+    if not isinstance(labels, dict):
+        return [name for name in labels if name != total]
+    ours = {total: labels.pop(total, 0.0)}
+    if prefix == "val" or criterion is None:
+        return labels
+    kinds = {
+        kind: {f"{prefix}/{name}_{kind}": value for name, value in values.items()}
+        for kind, values in criterion.columns.items()
+    }
+    return {**labels, **kinds["loss"], **ours, WEIGHT_COLUMN: weight, **kinds["share"], **kinds["nats"]}

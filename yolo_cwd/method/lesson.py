@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Whether the student is taught: a training that was promised a teacher and is not taught is never silent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ultralytics.utils import LOGGER, colorstr
+
+from yolo_cwd.config import ConfigError
+
+UNTAUGHT_BATCHES = 3  # after as many, a training that is not taught stops
+
+
+class LessonWatch:
+    """Watches over the first lessons of a training, and over those that cannot be used, by Ultralytics' callbacks."""
+
+    def __init__(self, trainer: Any) -> None:
+        """Begin to watch over a `DistillingTrainer`."""
+        self._batches = 0
+        trainer.add_callback("on_train_batch_end", self.require)
+        trainer.add_callback("on_train_epoch_end", self.report_dropped_terms)
+
+    def require(self, trainer: Any) -> None:
+        """Stop a training that is not taught, after a few batches.
+
+        Raises:
+            ConfigError: If no divergence was computed, none reached the student, or all were 0.
+        """
+        criterion, teacher = trainer.criterion, trainer.teacher.argument
+        self._batches += bool(criterion.weight)
+        if not criterion.weight or self._batches != UNTAUGHT_BATCHES * trainer.cwd.cwd_every:
+            return
+        if not criterion.taught:
+            raise ConfigError(
+                f"{teacher}: teaches nothing, its loss was never computed; a callback or a subclass replaces the "
+                "student's criterion, its loss() or preprocess_batch(): let it call ours"
+            )
+        if not criterion.reaches:
+            raise ConfigError(f"freeze={trainer.args.freeze}: {teacher} cannot reach the student; freeze fewer layers")
+        if not criterion.dropped and not any(criterion.columns["nats"].values()):
+            raise ConfigError(f"tau={trainer.cwd.tau:g}: {teacher} teaches nothing, every divergence is 0; use tau=1")
+
+    @staticmethod
+    def report_dropped_terms(trainer: Any) -> None:
+        """Warn of terms that were not finite in this epoch."""
+        if dropped := int(trainer.criterion.dropped):
+            LOGGER.warning(f"{colorstr('CWD:')} {dropped} terms of this epoch were not finite and have been left out")
+            trainer.criterion.dropped = 0

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""A training on the images of `data` together with a pool of images that the teacher has labelled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from yolo_cwd.config import Settings, unusable_data
+from yolo_cwd.pool import store
+from yolo_cwd.run import distributed
+from yolo_cwd.run.resumable import ResumableTrainer
+from yolo_cwd.tasks import Task
+
+
+class PooledTrainer(ResumableTrainer):
+    """Ultralytics' trainer whose training images may include a pool.
+
+    Attributes:
+        task: The task it trains for.
+        cwd: The checked options.
+        pool: Images without labels, labelled by the teacher; None if there are none.
+    """
+
+    task: Task
+    cwd: Settings
+    pool: store.Pool | None = None
+
+    def label_pool(self, args: Any) -> store.Pool | None:
+        """Let the teacher label the images of `unlabeled`."""
+        return store.prepare(self.cwd, self.task.name, args)
+
+    def get_dataset(self) -> Any:
+        """Resolve `data` as Ultralytics does, and add the images that the teacher has labelled."""
+        try:
+            data = super().get_dataset()
+            return {**data, "train": self.pool.train} if self.pool else data
+        except RuntimeError as error:
+            distributed.let_others_follow()  # to the same error, instead of waiting for an end that never comes
+            raise unusable_data(self.args.data, error.__cause__ or error) from error
+
+    def build_dataset(self, img_path: Any, mode: str = "train", batch: int | None = None) -> Any:
+        """Build a dataset as Ultralytics does; `fraction` is of the labelled images, the pool has its `pool_ratio`."""
+        whole = self.pool is not None and mode == "train"
+        fraction = self.args.fraction
+        self.args.fraction = 1.0 if whole else fraction
+        try:
+            return super().build_dataset(img_path, mode, batch)
+        finally:
+            self.args.fraction = fraction

@@ -92,9 +92,16 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_finish() -> None:
-    """Keep what has been imported out of the three collections that Ultralytics asks for in every training."""
+    """Keep what has been imported out of the collections that Ultralytics asks for in every training."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def late_imports_are_not_searched() -> Iterator[None]:
+    """Keep what the tests of a file have imported out of them as well: it is a quarter of a short training's time."""
+    yield
+    pytest_collection_finish()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,12 +19,14 @@ from test_distributed import as_words, torchrun
 from test_state import interrupted, resume
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
+from ultralytics.engine.results import Results
 from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils.ops import xywhr2xyxyxyxy
 
 from yolo_cwd import CWDTrainer, digits
 from yolo_cwd.cli import main
 from yolo_cwd.config import ConfigError, Settings
-from yolo_cwd.pool import store
+from yolo_cwd.pool import complete, store
 from yolo_cwd.pool.images import list_images
 from yolo_cwd.pool.labels import painted
 from yolo_cwd.study import compare
@@ -509,3 +511,345 @@ def test_several_processes_label_once(
     assert (result.stdout + result.stderr).count("labels 7 images") == 1
     assert "13 images" in result.stdout + result.stderr
     assert len(list(cache.glob("*/records/*.json"))) == 7
+
+
+OLD_AND_NEW = {0: "old", 1: "new"}
+OURS = [*"abcdefgh", "old", "new"]  # what the teacher calls its classes
+OLD, NEW = OURS.index("old"), OURS.index("new")
+CONFIDENT = {"complete_labels": True, "pool_conf": 0.5, "pool_unsure": 0.1}
+
+
+@pytest.fixture(scope="module")
+def old(teachers: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Checkpoints by task that know a class that is called old, and one that is called new."""
+    tasks = ("detect", "segment", "pose", "obb")
+    return {task: renamed(teachers[task], tmp_path_factory.mktemp(task), OURS) for task in tasks}
+
+
+def labelled(folder: Path, labels: dict[str, str | None], names: dict[int, str] = OLD_AND_NEW, **more: Any) -> str:
+    """Make a data set of dark images, 100 by 50 pixels, with the given label files, and return its YAML file."""
+    rng = np.random.default_rng(0)
+    for part in ("images", "labels"):
+        (folder / part / "train").mkdir(parents=True)
+    for name, rows in labels.items():
+        image = rng.integers(0, 99, (50, 100, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / "images" / "train" / f"{name}.png"), image)
+        if rows is not None:
+            (folder / "labels" / "train" / f"{name}.txt").write_bytes(rows.encode())
+    held_out = digits.build(folder / "held-out", {"train": 1, "val": 2}).parent / "images" / "val"
+    content = {"path": str(folder), "train": "images/train", "val": str(held_out), "names": names, **more}
+    (folder / "data.yaml").write_text(yaml.safe_dump(content))
+    return str(folder / "data.yaml")
+
+
+class Said:
+    """Stands for what teachers predict, and notes which images they are asked about."""
+
+    def __init__(self, found: dict[str, list[list[float]]], kind: str = "boxes") -> None:
+        self.found, self.kind = found, kind
+        self.asked: list[str] = []
+
+    def __call__(self, plan: Any, images: list[str]) -> Iterator[Results]:
+        for image in images:
+            self.asked.append(Path(image).stem)
+            rows = torch.tensor(self.found.get(Path(image).stem, []))
+            rows = rows if len(rows) else torch.zeros(0, 7 if self.kind == "obb" else 6)
+            more = {"obb": rows} if self.kind == "obb" else {"boxes": rows}
+            more |= {"keypoints": torch.full((len(rows), 4, 2), 25.0)} if self.kind == "keypoints" else {}
+            yield Results(cv2.imread(image), image, plan.teacher.names, **more)
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+    """Let teachers predict rows of a box, a confidence and a class, by the name of the image."""
+
+    def replace(found: dict[str, list[list[float]]], kind: str = "boxes") -> Said:
+        said = Said(found, kind)
+        monkeypatch.setattr(store, "_predictions", said)
+        return said
+
+    return replace
+
+
+def completed(teacher: str, data: str, task: str = "detect", **options: Any) -> store.Pool:
+    overrides = {name: options.pop(name) for name in ("fraction", "single_cls") if name in options}
+    return complete.prepare(settings(teacher, None, **{**CONFIDENT, **options}), task, arguments(data, **overrides))
+
+
+def label_files(pool: store.Pool) -> dict[str, str]:
+    return {
+        Path(name).stem: (pool.folder / r["label"]).read_bytes().decode() for name, r in sorted(records(pool).items())
+    }
+
+
+def test_labels_are_completed_and_what_the_user_labelled_stays(
+    old: dict[str, str], say: Callable[..., Said], tmp_path: Path
+) -> None:
+    own = "1 0.3 0.5 0.40 0.8\r\n\n1 0.900000 0.1 .1 0.1"  # x 10 to 50, y 5 to 45, and a small one; no end of line
+    data = labelled(tmp_path / "new", {"a": own, "b": "", "c": None, "d": "1 0.5 0.5 0.5 0.5\n"})
+    say(
+        {
+            "a": [
+                [60, 10, 80, 30, 0.9, OLD],
+                [12, 6, 52, 44, 0.8, OLD],  # the same as the first label
+                [80, 0, 100, 50, 0.7, OLD],  # one that has the small label in it
+                [15, 10, 25, 20, 0.6, OLD],  # one that is in the first label
+                [60, 32, 70, 48, 0.95, NEW],
+                [70, 32, 78, 48, 0.95, 0],
+            ],
+            "c": [[0, 0, 50, 50, 0.5, OLD]],
+        }
+    )
+    before = snapshot(tmp_path / "new")
+    pool = completed(old["detect"], data)
+    assert label_files(pool) == {
+        "a": own
+        + "\n0 0.700000 0.400000 0.200000 0.400000\n"
+        + "0 0.900000 0.500000 0.200000 1.000000\n"
+        + "0 0.200000 0.300000 0.100000 0.200000\n",
+        "b": "",
+        "c": "0 0.250000 0.500000 0.500000 1.000000\n",
+        "d": "1 0.5 0.5 0.5 0.5\n",
+    }
+    assert snapshot(tmp_path / "new") == before
+    assert (pool.found.images, pool.found.objects, pool.found.empty, pool.found.painted) == (4, {"old": 4}, 2, 0)
+    assert pool.found.left_out == "1 that are labelled as something else"
+    assert all(Path(r["source"]).samefile(pool.folder / r["image"]) for r in records(pool).values())
+
+
+def test_nothing_is_painted_inside_a_label(old: dict[str, str], say: Callable[..., Said], tmp_path: Path) -> None:
+    data = labelled(tmp_path / "new", {"a": "1 0.2 0.5 0.2 0.4\n"})  # x 10 to 30, y 15 to 35
+    say(
+        {
+            "a": [
+                [20, 10, 60, 40, 0.4, OLD],
+                [5, 12, 28, 34, 0.4, OLD],  # by half in the label
+                [70, 10, 90, 30, 0.4, NEW],
+            ]
+        }
+    )
+    pool = completed(old["detect"], data)
+    record = records(pool)["a.png"]
+    source, ours = (cv2.imread(str(pool.folder / file)) for file in (record["source"], record["image"]))
+    expected = source.copy()
+    expected[10:41, 20:61] = 114
+    expected[15:36, 10:31] = source[15:36, 10:31]
+    assert (ours == expected).all()
+    assert label_files(pool) == {"a": "1 0.2 0.5 0.2 0.4\n"}
+    assert pool.found.painted == 1
+
+
+def turned(*box: float) -> str:
+    """The line of a label file, after the class, for a box of a centre, a size and an angle."""
+    return " ".join(f"{x:.6f}" for x in (xywhr2xyxyxyxy(torch.tensor(box)) / torch.tensor([100, 50])).ravel().tolist())
+
+
+SAME, ELSEWHERE = [12, 6, 31, 44, 0.9, OLD], [60, 10, 80, 30, 0.9, OLD]  # of the label, and beside it
+CORNERS = "0.600000 0.200000 0.800000 0.200000 0.800000 0.600000 0.600000 0.600000"
+
+
+@pytest.mark.parametrize(
+    ("task", "own", "kind", "found", "added"),
+    [
+        pytest.param("detect", "0.2 0.5 0.2 0.8", "boxes", [SAME, ELSEWHERE], "0.700000 0.400000 0.200000 0.400000"),
+        pytest.param("detect", "0.1 0.1 0.3 0.1 0.3 0.9 0.1 0.9", "boxes", [SAME, ELSEWHERE], CORNERS, id="outlines"),
+        pytest.param("segment", "0.1 0.1 0.3 0.1 0.3 0.9 0.1 0.9", "boxes", [SAME, ELSEWHERE], CORNERS),
+        pytest.param(
+            "pose",
+            "0.2 0.5 0.2 0.8" + 4 * " 0.5 0.5",
+            "keypoints",
+            [SAME, ELSEWHERE],
+            "0.700000 0.400000 0.200000 0.400000" + 4 * " 0.250000 0.500000",
+        ),
+        pytest.param(
+            "obb",
+            turned(20, 25, 8, 46, 0.6),
+            "obb",
+            [[20, 26, 8, 46, 0.6, 0.9, OLD], [20, 25, 8, 46, -0.6, 0.9, OLD]],  # the upright boxes are the same
+            turned(20, 25, 8, 46, -0.6),
+        ),
+    ],
+)
+def test_what_is_added_has_the_form_of_the_labels(
+    old: dict[str, str],
+    say: Callable[..., Said],
+    tmp_path: Path,
+    task: str,
+    own: str,
+    kind: str,
+    found: list[list[float]],
+    added: str,
+) -> None:
+    more = {"kpt_shape": [4, 2], "flip_idx": [1, 0, 3, 2]} if task == "pose" else {}
+    data = labelled(tmp_path / "new", {"a": f"1 {own}\n"}, **more)
+    say({"a": found}, kind)
+    assert label_files(completed(old[task], data, task)) == {"a": f"1 {own}\n0 {added}\n"}
+
+
+def test_completed_labels_are_used_again_until_a_label_file_changes(
+    old: dict[str, str], say: Callable[..., Said], tmp_path: Path
+) -> None:
+    data = labelled(tmp_path / "new", {"a": "1 0.2 0.5 0.2 0.4\n", "b": "", "c": None})
+    said = say({"b": [[60, 10, 80, 30, 0.9, OLD]]})
+    pool = completed(old["detect"], data)
+    assert completed(old["detect"], data) == pool
+    assert said.asked == ["a", "b", "c"]
+    (tmp_path / "new" / "labels" / "train" / "b.txt").write_text("1 0.7 0.4 0.2 0.4\n")
+    said.asked.clear()
+    again = completed(old["detect"], data)
+    assert said.asked == ["b"]
+    assert again.folder == pool.folder
+    listed = [Path(line).stem for line in Path(again.train[0]).read_text().splitlines()]
+    files = {name: (again.folder / "labels" / f"{name}.txt").read_text() for name in listed}
+    assert sorted(files.values()) == ["", "1 0.2 0.5 0.2 0.4\n", "1 0.7 0.4 0.2 0.4\n"]
+    (tmp_path / "new" / "labels" / "train" / "c.txt").write_text("")
+    (tmp_path / "new" / "labels" / "train" / "a.txt").touch()
+    said.asked.clear()
+    completed(old["detect"], data)
+    assert said.asked == []
+
+
+def test_completing_that_is_cut_off_goes_on(
+    old: dict[str, str], say: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = labelled(tmp_path / "new", {name: "1 0.2 0.5 0.2 0.4\n" for name in "abc"})
+    said = say({})
+
+    def cut_off(plan: Any, images: list[str]) -> Iterator[Any]:
+        yield from islice(said(plan, images), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "_predictions", cut_off)
+    with pytest.raises(KeyboardInterrupt, match="the same command again goes on"):
+        completed(old["detect"], data)
+    monkeypatch.setattr(store, "_predictions", said)
+    assert completed(old["detect"], data).found.images == 3
+    assert said.asked == ["a", "b", "c"]
+
+
+def test_classes_that_are_labelled_anywhere_are_left_to_the_labels(
+    old: dict[str, str], say: Callable[..., Said], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Anywhere in the training images, whatever `fraction` of them is trained on."""
+    names = {0: "e", 1: "new", 2: "old", 3: "strange"}
+    own, old_line = "1 0.2 0.5 0.2 0.4\n", "2 0.700000 0.400000 0.200000 0.400000\n"
+    data = labelled(tmp_path / "new", {"a": own, "b": None, "c": ""}, names)
+    say({"a": [[0, 0, 50, 50, 0.9, OURS.index("e")], [60, 10, 80, 30, 0.8, OLD]]})
+    both = label_files(completed(old["detect"], data, fraction=2))
+    assert both == {"a": own + "0 0.250000 0.500000 0.500000 1.000000\n" + old_line, "b": ""}
+    (tmp_path / "new" / "labels" / "train" / "c.txt").write_text("0 0.2 0.5 0.2 0.4\n")
+    caplog.clear()
+    pool = completed(old["detect"], data, fraction=2)
+    assert pool.found.objects == {"old": 1}
+    assert [Path(line).exists() for line in Path(pool.train[0]).read_text().splitlines()] == [True, True]
+    assert own + old_line in [file.read_text() for file in (pool.folder / "labels").iterdir()]
+    for expected in ("1 of 3 training images have no label file", "no label has strange, and"):
+        assert [r.levelname for r in caplog.records if expected in r.message] == ["WARNING"]
+    completed(old["detect"], data, fraction=2)
+    assert sum("no label has strange, and" in r.message for r in caplog.records) == 2
+    assert completed(old["detect"], data).found.images == 3
+    (tmp_path / "new" / "labels" / "train" / "b.txt").write_text("2 0.9 0.9 0.1 0.1\n")
+    with pytest.raises(ConfigError, match=r"labelled: e, new, old; the teacher's: a, b, c, d and 6 more.*name the old"):
+        completed(old["detect"], data)
+
+
+def test_images_that_cannot_be_used_are_told_and_left_out(
+    old: dict[str, str], say: Callable[..., Said], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = labelled(tmp_path / "new", {"a": "1 0.2 0.5 0.2 0.4\n", "b": "1 0.2 5 0.2 0.4\n"})
+    say({})
+    assert list(label_files(completed(old["detect"], data))) == ["a"]
+    assert "b.png: ignoring corrupt image/label" in caplog.text
+    (tmp_path / "new" / "labels" / "train" / "a.txt").write_text("none\n")
+    with pytest.raises(ConfigError, match=r"data=.*: no training image can .*a\.png: ignoring corrupt"):
+        completed(old["detect"], data)
+
+
+@pytest.mark.parametrize("task", ["semantic", "depth"])
+def test_maps_are_not_completed(teachers: dict[str, str], sets: dict[str, str], cache: Path, task: str) -> None:
+    with pytest.raises(ConfigError, match=f"complete_labels=True: labels of task={task} are maps.*; leave compl"):
+        completed(teachers[task], sets[task], task)
+    assert not cache.parent.exists()
+
+
+def test_labels_that_cannot_be_completed_are_refused_and_leave_nothing(
+    teachers: dict[str, str], sets: dict[str, str], cache: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"complete_labels=some: must be one of True, False"):
+        Settings.parse({"teacher": "t", "complete_labels": "some"})
+    with pytest.raises(ConfigError, match=r"it is not trained; give a \.pt checkpoint, or leave complete_labels out"):
+        completed(narrow("yolov8n.yaml"), sets["detect"])
+    with pytest.raises(ConfigError, match="task=segment; give a teacher for segment, or leave complete_labels out"):
+        completed(teachers["detect"], sets["segment"], "segment")
+    teacher = renamed(teachers["detect"], cache.parents[2], list("abcdefghij"))
+    with pytest.raises(ConfigError, match="knows no class of the data without labels") as error:
+        completed(teacher, sets["detect"])
+    assert len(str(error.value)) < 300
+    assert list((cache.parent / "completed").rglob("*")) == []
+
+
+def new_classes(folder: Path) -> str:
+    """Make a data set of digits of which those from 5 on are labelled, and return its YAML file."""
+    data = digits.build(folder, {"train": 6, "val": 4})
+    for file in (data.parent / "labels" / "train").iterdir():
+        file.write_text("".join(line for line in file.read_text().splitlines(True) if int(line[0]) > 4))
+    return str(data)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a pool"])
+def test_a_training_sees_the_completed_labels(
+    train: Callable[..., CWDTrainer], teachers: dict[str, str], pictures: Path, tmp_path: Path, beside: bool
+) -> None:
+    data = new_classes(tmp_path / "new")
+    teacher = renamed(teachers["detect"], tmp_path, [*"01234", "a", "b", "c", "d", "e"])
+    options = {"complete_labels": True, "pool_conf": 0.001, "pool_unsure": 0.001, "fraction": 0.5}
+    options |= {"unlabeled": str(pictures), "pool_classes": "known"} if beside else {}
+    seen: list[Any] = []
+    callbacks = {"on_train_start": lambda trainer: seen.append(trainer.train_loader.dataset.labels)}
+    trainer = train(data=data, teacher=teacher, callbacks=callbacks, **options)
+    ours = [label for label in seen[0] if "completed" in label["im_file"]]
+    assert (len(ours), len(seen[0])) == (3, 10 if beside else 3)
+    files = sorted((Path(data).parent / "labels" / "train").iterdir())[:3]
+    own = [float(line.split()[1]) for file in files for line in file.read_text().splitlines()]
+    kinds, boxes = (np.concatenate([label[part] for label in ours]) for part in ("cls", "bboxes"))
+    assert sorted(boxes[kinds[:, 0] > 4, 0]) == pytest.approx(sorted(own))
+    assert (kinds < 5).sum() >= 3
+    assert "completed" not in str(trainer.validator.dataloader.dataset.im_files)
+    description = yaml.safe_load(trainer.pool.data.read_text())
+    assert [str(Path(path).parents[2].name) for path in description["train"]] == ["completed", "unlabeled"][
+        : 1 + beside
+    ]
+    assert trainer.args.fraction == 0.5
+
+
+def test_a_resumed_run_finds_its_completed_labels_again(
+    train: Callable[..., CWDTrainer], teachers: dict[str, str], tmp_path: Path, cache: Path
+) -> None:
+    data = new_classes(tmp_path / "new")
+    teacher = renamed(teachers["detect"], tmp_path, [*"01234", "a", "b", "c", "d", "e"])
+    words = {"data": data, "teacher": teacher, "complete_labels": True, "fraction": 0.5, **POOL}
+    last = interrupted(train, tmp_path, 1, epochs=2, **words)
+    shutil.rmtree(cache.parent)
+    trainer = resume(last)
+    assert trainer.epoch == 1
+    assert len(trainer.train_loader.dataset) == 3
+    assert all("completed" in file for file in trainer.train_loader.dataset.im_files)
+
+
+def test_completed_labels_can_be_seen_and_checked_before(
+    teachers: dict[str, str], tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = new_classes(tmp_path / "new")
+    teacher = renamed(teachers["detect"], tmp_path, [*"01234", "a", "b", "c", "d", "e"])
+    words = [f"teacher={teacher}", f"data={data}", "imgsz=64", "device=cpu", "complete_labels=True"]
+    words += [f"{name}={value}" for name, value in POOL.items()]
+    assert main(["check", *words, f"student={STUDENT}", "batch=2"]) == 0
+    assert "completed the labels of 6 images will be completed with: 0, 1, 2, 3, 4" in capsys.readouterr().out
+    assert not cache.parent.exists()
+    assert main(["label", *words]) == 0
+    said = capsys.readouterr().out
+    assert "6 images completed by" in said
+    drawn = re.findall(r"^pictures\s+(/.*)$", said, flags=re.MULTILINE)
+    assert cv2.imread(drawn[0]) is not None
+    assert main(["label", *(word for word in words if "data" not in word)]) == 2
+    assert "complete_labels=True: is about the labels of a data set; give data=" in capsys.readouterr().err

@@ -2,12 +2,16 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import STUDENT, TEACHER
 from ultralytics import YOLO
+from ultralytics.data.utils import verify_image_label
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.modules.head import Detect, v10Detect
@@ -67,6 +71,24 @@ def test_seams_have_the_signatures_we_override() -> None:
     assert list(inspect.signature(DetectionTrainer.preprocess_batch).parameters) == ["self", "batch"]
     assert list(inspect.signature(DetectionTrainer.auto_batch).parameters) == ["self"]
     assert issubclass(v10Detect, Detect)
+
+
+@pytest.mark.parametrize(
+    ("rows", "outlines"),
+    [("1 0.5 0.5 0.2 0.4\n", 0), ("1 0.4 0.3 0.6 0.3 0.6 0.7 0.4 0.7\n", 1), ("", 0), ("one", None)],
+    ids=["box", "outline", "empty", "corrupt"],
+)
+def test_labels_are_read_by_its_rules(rows: str, outlines: int | None, tmp_path: Path) -> None:
+    image, label = tmp_path / "a.png", tmp_path / "a.txt"
+    cv2.imwrite(str(image), np.zeros((20, 20, 3), np.uint8))
+    label.write_text(rows)
+    usable, objects, shape, segments, *_, message = verify_image_label(
+        (str(image), str(label), "", False, 2, 0, 0, False)
+    )
+    assert bool(usable) == (outlines is not None) == (not message)
+    if usable:
+        assert objects == pytest.approx(np.array([[1, 0.5, 0.5, 0.2, 0.4]] if rows else []).reshape(-1, 5))
+        assert (shape, len(segments)) == ((20, 20), outlines)
 
 
 def test_our_options_do_not_shadow_ultralytics_arguments() -> None:

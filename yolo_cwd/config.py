@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,6 +39,12 @@ class ConfigError(ValueError):
         if len(line) > LONGEST:
             line = f"{line[: LONGEST - REMEDY - 5].rstrip()} ... {line[-REMEDY:].lstrip()}"
         super().__init__(line)
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """Return names with commas between them, the first so many at most, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def first_line(error: BaseException) -> str:
@@ -181,6 +187,7 @@ class Settings:
         pool_unsure: Confidence below that, from which on an object is painted over; `pool_conf` for none.
         pool_ratio: The most unlabelled images for each labelled one, above 0; None for all of them.
         pool_classes: One of `POOL_CLASSES`.
+        complete_labels: Whether the teacher's objects of unlabelled classes join the labels of the training images.
     """
 
     teacher: Any
@@ -203,6 +210,7 @@ class Settings:
     pool_unsure: float
     pool_ratio: float | None
     pool_classes: str
+    complete_labels: bool
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Settings:
@@ -238,6 +246,7 @@ class Settings:
             pool_unsure=_pool_unsure(value["pool_unsure"], value["pool_conf"]),
             pool_ratio=None if value["pool_ratio"] is None else _number("pool_ratio", value["pool_ratio"], zero=False),
             pool_classes=_choice("pool_classes", value["pool_classes"], POOL_CLASSES),
+            complete_labels=_choice("complete_labels", value["complete_labels"], (True, False)),
         )
 
     def weight(self, epoch: int, epochs: int) -> float:

@@ -92,7 +92,8 @@ class DistillingTrainer(PooledTrainer):
         with distributed.first_here_first():
             self.teacher = load_teacher(self.cwd.teacher, self.cwd.trust_teacher)
             arguments["data"] = digits.resolve(arguments.get("data", asked.base["data"]), self.task.name)
-        self.pool = self.label_pool(get_cfg(asked.base, arguments)) if self.cwd.unlabeled else None
+        labels = self.cwd.unlabeled or self.cwd.complete_labels
+        self.pool = self.label_pool(get_cfg(asked.base, arguments)) if labels else None
         self.levels: list[Level] = []
         self.level_weights: list[float] = []
         self.classes: list[int] = []

@@ -140,7 +140,7 @@ def survey(images: Sequence[Path], data: Split) -> Survey:
         data: Those of the data set. What is there by content is there, under whatever name.
     """
     with ThreadPoolExecutor(READERS) as threads:
-        readable = _with_progress(threads.map(is_readable, images), len(images), "looking at the images")
+        readable = with_progress(threads.map(is_readable, images), len(images), "looking at the images")
         usable = [image for image, good in zip(images, readable, strict=True) if good]
         contents = _contents_by_need([*data.held_out, *data.train, *usable], threads)
     held_out, train = ({contents[image] for image in part if image in contents} for part in (data.held_out, data.train))
@@ -161,7 +161,7 @@ def _contents_by_need(files: Sequence[Path], threads: ThreadPoolExecutor) -> dic
     sizes = {file: size for file, size in zip(files, threads.map(_size, files), strict=True) if size}
     of_size = Counter(sizes.values())
     shared = [file for file, size in sizes.items() if of_size[size] > 1]
-    digests = _with_progress(threads.map(content_of, shared), len(shared), "comparing images of one size")
+    digests = with_progress(threads.map(content_of, shared), len(shared), "comparing images of one size")
     return {**sizes, **dict(zip(shared, digests, strict=True))}
 
 
@@ -202,5 +202,6 @@ def evenly(images: Sequence[Path], most: int) -> list[Path]:
     return [images[i] for i in np.linspace(0, len(images) - 1, most).round().astype(int).tolist()]
 
 
-def _with_progress(results: Iterable[Any], total: int, doing: str) -> list[Any]:
+def with_progress(results: Iterable[Any], total: int, doing: str) -> list[Any]:
+    """Return results that others are working on, as a list, and show how far they are."""
     return list(TQDM(results, total=total, desc=f"{colorstr('CWD:')} {doing}")) if total else []

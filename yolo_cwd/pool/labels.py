@@ -20,6 +20,7 @@ Array = npt.NDArray[Any]
 
 GRAY = 114  # what Ultralytics pads images with
 COVERED = 0.5  # an uncertain object is no other one if so much of its box is in that of a certain one
+SAME = 0.5  # two boxes are around one object if they share so much of the larger one
 SEEN = 0.5  # confidence of a key point from which on it counts as visible
 IGNORED = 255  # class of pixels that do not count
 
@@ -30,10 +31,11 @@ class Label(NamedTuple):
     Attributes:
         content: What its file holds.
         suffix: How its file is called.
-        classes: How many objects there are of each class; pixels, where every pixel has one.
-        confidences: The confidence of each object.
+        classes: How many objects of the teacher there are of each class; pixels, where every pixel has one.
+        confidences: The confidence of each of them.
         certain: The corners [4, 2] of the box of each object, in pixels.
         uncertain: The same of the objects that are to be painted over.
+        labelled: How many objects of the teacher were labelled already, as something else.
     """
 
     content: bytes
@@ -42,6 +44,24 @@ class Label(NamedTuple):
     confidences: Sequence[float] = ()
     certain: Sequence[Array] = ()
     uncertain: Sequence[Array] = ()
+    labelled: int = 0
+
+
+class Own(NamedTuple):
+    """What an image is labelled with already.
+
+    Attributes:
+        content: What its label file holds; it stays in front, byte for byte.
+        shapes: The corners of the box of each object, or its outline [K, 2], as fractions of the image.
+        outlined: Whether they are outlines: Ultralytics reads no file that has both.
+    """
+
+    content: bytes = b""
+    shapes: Sequence[Array] = ()
+    outlined: bool = False
+
+
+NOTHING = Own()
 
 
 class Form(NamedTuple):
@@ -62,13 +82,14 @@ class Form(NamedTuple):
     raw_ids: Mapping[int, int] = {}
 
 
-def label_of(result: Any, form: Form, conf: float) -> Label:
-    """Return the label of one image.
+def label_of(result: Any, form: Form, conf: float, own: Own = NOTHING) -> Label:
+    """Return the label of one image; what it is labelled with already wins over the teacher.
 
     Args:
         result: What Ultralytics has predicted, objects of every confidence that matters among it.
         form: What labels look like.
         conf: Confidence from which on an object is certain.
+        own: What it is labelled with already.
     """
     result = result.cpu()
     if form.task == "semantic":
@@ -77,15 +98,25 @@ def label_of(result: Any, form: Form, conf: float) -> Label:
         return _depth_map(result)
     found = result.obb if form.task == "obb" else result.boxes
     kinds, confidences = found.cls.int().tolist(), found.conf.tolist()
-    corners = found.xyxyxyxy.numpy() if form.task == "obb" else _corners(found.xyxy.numpy())
+    corners = found.xyxyxyxy.numpy() if form.task == "obb" else corners_of(found.xyxy.numpy())
+    labelled = _boxes_around(own.shapes, result.orig_shape, turned=form.task == "obb")
     ours = [i for i, kind in enumerate(kinds) if kind in form.classes]
-    certain = [i for i in ours if confidences[i] >= conf]
-    rows = [(form.classes[kinds[i]], *ROWS[form.task](result, i, form)) for i in certain]
+    sure = [i for i in ours if confidences[i] >= conf]
+    certain = [i for i in sure if not _is_among(corners[i], labelled)]
+    row_of = ROWS["segment" if own.outlined and form.task == "detect" else form.task]
+    rows = [(form.classes[kinds[i]], *row_of(result, i, form)) for i in certain]
     content = "".join(f"{kind} {' '.join(f'{x:.6f}' for x in row)}\n" for kind, *row in rows)
-    uncertain = [corners[i] for i in ours if confidences[i] < conf and not _covered(corners[i], corners[certain])]
-    kinds_here = Counter(int(row[0]) for row in rows)
-    sure = [confidences[i] for i in certain]
-    return Label(content.encode(), ".txt", kinds_here, sure, list(corners[certain]), uncertain)
+    gap = "\n" if rows and own.content and not own.content.endswith(b"\n") else ""
+    there = [*labelled, *corners[certain]]
+    return Label(
+        content=own.content + (gap + content).encode(),
+        suffix=".txt",
+        classes=Counter(int(row[0]) for row in rows),
+        confidences=[confidences[i] for i in certain],
+        certain=there,
+        uncertain=[corners[i] for i in ours if confidences[i] < conf and not _covered(corners[i], there)],
+        labelled=len(sure) - len(certain),
+    )
 
 
 def _box(result: Any, i: int, _: Form) -> list[float]:
@@ -97,7 +128,7 @@ def _polygon(result: Any, i: int, _: Form) -> list[float]:
     """Return the outline of a mask, or of the box where the mask has none."""
     outline = result.masks.xyn[i] if result.masks is not None else []
     if len(outline) < 3:
-        outline = _corners(result.boxes.xyxyn.numpy()[[i]])[0]
+        outline = corners_of(result.boxes.xyxyn.numpy()[[i]])[0]
     points: list[float] = np.asarray(outline).clip(0, 1).ravel().tolist()
     return points
 
@@ -151,17 +182,42 @@ def _depth_map(result: Any) -> Label:
     return Label(buffer.getvalue(), ".npy", Counter())
 
 
-def _corners(boxes: Array) -> Array:
+def corners_of(boxes: Array) -> Array:
     """Return the corners [N, 4, 2] of upright boxes [N, 4]."""
     x1, y1, x2, y2 = boxes.T
     return np.stack([x1, y1, x2, y1, x2, y2, x1, y2], axis=1).reshape(-1, 4, 2)
 
 
-def _covered(box: Array, certain: Array) -> bool:
+def _boxes_around(shapes: Sequence[Array], size: tuple[int, int], turned: bool) -> list[Array]:
+    """Return the corners [4, 2] of the boxes around shapes [K, 2], in pixels.
+
+    Args:
+        shapes: Points as fractions of the image.
+        size: Height and width of the image.
+        turned: Whether the boxes have an angle.
+    """
+    points = [(shape * size[::-1]).astype(np.float32) for shape in shapes]
+    if turned:
+        return [cv2.boxPoints(cv2.minAreaRect(p)) for p in points]
+    return [corners_of(np.concatenate([p.min(axis=0), p.max(axis=0)])[None])[0] for p in points]
+
+
+def _area(box: Array) -> float:
+    return float(cv2.contourArea(box.astype(np.float32)))
+
+
+def _shared(box: Array, other: Array) -> float:
+    return float(cv2.intersectConvexConvex(box.astype(np.float32), other.astype(np.float32))[0])
+
+
+def _covered(box: Array, certain: Sequence[Array]) -> bool:
     """Return whether so much of a box is in another one that both are likely to be around the same object."""
-    area = cv2.contourArea(box.astype(np.float32))
-    shared = (cv2.intersectConvexConvex(box.astype(np.float32), c.astype(np.float32))[0] for c in certain)
-    return any(part >= COVERED * area for part in shared)
+    return any(_shared(box, c) >= COVERED * _area(box) for c in certain)
+
+
+def _is_among(box: Array, labelled: Sequence[Array]) -> bool:
+    """Return whether a box is around a labelled object: a helmet in the box of its wearer is another one."""
+    return any(_shared(box, other) >= SAME * max(_area(box), _area(other)) for other in labelled)
 
 
 def painted(image: Array, uncertain: Sequence[Array], certain: Sequence[Array]) -> Array:

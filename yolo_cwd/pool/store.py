@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """The images of a pool with the labels of a teacher, in a folder of ours, as Ultralytics reads them.
 
-    <cache>/unlabeled/<key>/      one folder for a teacher and the options that decide what it says
+    <cache>/unlabeled/<key>/      one folder for a teacher and the options that decide what it says; completed/<key>/ is
+                                  the same for images that have labels of their own (complete.py)
         images/<id>.jpg           a hard link to the user's image, a copy where there can be none, or a painted copy
         labels/<id>.txt           what the teacher sees there; masks/<id>.png or depth/<id>.npy in the tasks with maps
         records/<id>.json         what was found, written last: the image is done
@@ -12,14 +13,13 @@ Nothing is written beside the user's images. Labels that are there are used agai
 
 from __future__ import annotations
 
-import gc
 import json
 import locale
 import os
 import shutil
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -37,7 +37,7 @@ from ultralytics.utils.checks import check_model_file_from_stem
 from ultralytics.utils.downloads import attempt_download_asset
 from ultralytics.utils.torch_utils import parse_device
 
-from yolo_cwd.config import ConfigError, Settings
+from yolo_cwd.config import ConfigError, Settings, listed
 from yolo_cwd.digits import cache_folder
 from yolo_cwd.pool.images import (
     Split,
@@ -51,7 +51,7 @@ from yolo_cwd.pool.images import (
     list_images,
     survey,
 )
-from yolo_cwd.pool.labels import Form, label_of, painted
+from yolo_cwd.pool.labels import NOTHING, Form, Own, label_of, painted
 from yolo_cwd.run.distributed import first_here_first
 from yolo_cwd.run.files import put, write_whole
 from yolo_cwd.run.refusal import disk_is_full
@@ -79,6 +79,7 @@ class Found(NamedTuple):
         confidence: Mean confidence of the objects; 0 without any.
         left_out: What was left out, in words.
         scored_on: Number of images that were left out because models are scored on them.
+        warnings: What else should be known.
     """
 
     task: str
@@ -89,6 +90,7 @@ class Found(NamedTuple):
     confidence: float
     left_out: str
     scored_on: int
+    warnings: Sequence[str] = ()
 
 
 class Pool(NamedTuple):
@@ -107,19 +109,35 @@ class Pool(NamedTuple):
     found: Found
 
 
-class _Plan(NamedTuple):
-    """Who labels, what, and where to."""
+class Plan(NamedTuple):
+    """Who labels, what, and where to.
+
+    Attributes:
+        teacher: The model that labels.
+        settings: The checked options.
+        form: What labels look like.
+        args: The arguments of the training.
+        folder: Where images and labels go.
+        own: What images are labelled with already; those without any are not in it.
+    """
 
     teacher: YOLO
     settings: Settings
     form: Form
     args: Any
     folder: Path
+    own: Mapping[Path, Own] = {}
 
     @property
     def labels(self) -> str:
         """The folder in which Ultralytics looks for labels."""
         return self.form.folder
+
+    def name(self, image: Path) -> str:
+        """Return what the files of an image are called; with other labels of its own it is another one."""
+        if image not in self.own:
+            return identity(image)
+        return fingerprint(identity(image), self.own[image].content, sorted(self.form.classes.items()))[:16]
 
 
 def whole_teacher(settings: Settings, task: str | None) -> YOLO:
@@ -133,15 +151,16 @@ def whole_teacher(settings: Settings, task: str | None) -> YOLO:
         ConfigError: If it cannot label for the task.
     """
     teacher, why = settings.teacher, "cannot label images"
+    asking = " and ".join(name for name in ("unlabeled", "complete_labels") if getattr(settings, name))
     if not isinstance(teacher, str):
         raise ConfigError(f"teacher={type(teacher).__name__}: {why} as an object; give the path of its checkpoint")
     if not teacher.lower().endswith(".pt"):
-        raise ConfigError(f"teacher={teacher}: {why}, it is not trained; give a .pt checkpoint, or leave unlabeled out")
+        raise ConfigError(f"teacher={teacher}: {why}, it is not trained; give a .pt checkpoint, or leave {asking} out")
     model = YOLO(str(_file_of(teacher)))
     if task and model.task != task:
         raise ConfigError(
             f"teacher={teacher}: a model for task={model.task} {why} for task={task}; give a teacher for {task}, or "
-            "leave unlabeled out"
+            f"leave {asking} out"
         )
     return model
 
@@ -150,16 +169,17 @@ def _file_of(teacher: str) -> Path:
     return Path(attempt_download_asset(check_model_file_from_stem(teacher)))
 
 
-def _copy(args: Any, **changes: Any) -> SimpleNamespace:
+def changed(args: Any, **changes: Any) -> SimpleNamespace:
+    """Return a copy of the arguments of a training, some of them changed."""
     return SimpleNamespace(**{**vars(args), **changes})
 
 
-def _as_begun(args: Any) -> Any:
+def as_begun(args: Any) -> Any:
     """Return the arguments of a run; a resumed one has those of its checkpoint where the pool depends on them."""
     if not args.resume:
         return args
     begun = load_checkpoint(args.resume)[1]["train_args"]
-    return _copy(args, **{name: begun[name] for name in OF_DATA if name in begun})
+    return changed(args, **{name: begun[name] for name in OF_DATA if name in begun})
 
 
 def count(settings: Settings, args: Any) -> Survey:
@@ -172,10 +192,10 @@ def count(settings: Settings, args: Any) -> Survey:
     Raises:
         ConfigError: If there is none.
     """
-    data = data_of(_copy(args, single_cls=False)) if args.data else {}
+    data = data_of(changed(args, single_cls=False)) if args.data else {}
     split = images_of_data(data)
     images = list_images(settings.unlabeled, "unlabeled")
-    return _chosen(settings, images, split, len(_share(split.train, args.fraction)))
+    return _chosen(settings, images, split, len(share(split.train, args.fraction)))
 
 
 def _chosen(settings: Settings, images: Sequence[Path], split: Split, labelled: int) -> Survey:
@@ -193,51 +213,72 @@ def _shown(settings: Settings) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def prepare(settings: Settings, task: str | None, args: Any) -> Pool:
+def prepare(settings: Settings, task: str | None, args: Any, labelled: Sequence[str] = ()) -> Pool:
     """Return the pool that the options name, labelled by the teacher; what is labelled already is used again.
 
     Args:
         settings: The checked options.
         task: The task of the student; None for that of the teacher.
         args: The arguments of the training. Where `data` is None, labels have the classes of the teacher.
+        labelled: Lists of images to train on beside the pool; those of the data by default.
 
     Raises:
         ConfigError: If the teacher cannot label for the data, or if there is nothing to label.
     """
-    args = _as_begun(args)
+    args = as_begun(args)
     with first_here_first():
         teacher = whole_teacher(settings, task)
-        data = data_of(_copy(args, single_cls=False)) if args.data else _data_like(teacher)
-    form = form_of(teacher, data, settings, bool(args.single_cls))
-    plan = _Plan(teacher, settings, form, args, _folder(settings, form, args.imgsz, data))
+        data = data_of(changed(args, single_cls=False)) if args.data else _data_like(teacher)
+    form = form_of(teacher, data, settings, _translation(teacher, data, settings, bool(args.single_cls)))
+    said = sorted(form.classes.items()), form.point_values, sorted(form.raw_ids.items()), data.get("masks_dir")
+    plan = Plan(teacher, settings, form, args, folder_of("unlabeled", settings, form.task, said, args.imgsz))
+    pool = made_once(plan.folder, f"unlabeled={_shown(settings)}", lambda: _lists(plan, data, labelled))
+    LOGGER.info(f"{colorstr('CWD:')} {_told(pool.found)}; in {pool.folder}")
+    if pool.found.left_out:
+        say = LOGGER.warning if pool.found.scored_on else LOGGER.info
+        say(f"{colorstr('CWD:')} images of unlabeled= that are left out: {pool.found.left_out}")
+    return pool
+
+
+def folder_of(kind: str, settings: Settings, task: str, said: Any, imgsz: int) -> Path:
+    """Return the folder for the labels of a teacher under the options that decide what it says.
+
+    Args:
+        kind: What images they are of.
+        settings: The checked options.
+        task: What they are labelled for.
+        said: Plain values for what labels look like.
+        imgsz: The size at which the teacher sees images.
+    """
+    asked = settings.pool_conf, settings.pool_unsure, imgsz
+    key = fingerprint(VERSION, content_of(_file_of(settings.teacher)), task, said, asked)[:16]
+    return cache_folder() / kind / key
+
+
+def made_once(folder: Path, argument: str, make: Callable[[], Path]) -> Pool:
+    """Return what the lists in a folder name, which one process at a time makes.
+
+    Args:
+        folder: The folder.
+        argument: The argument that asks for them, with its value.
+        make: Returns the file that says what is in the lists, written where it is missing.
+
+    Raises:
+        ConfigError: If there is no room.
+    """
     try:
-        with _alone(plan.folder):
-            lists = _lists(plan, data)
+        with _alone(folder):
+            lists = make()
     except OSError as error:
         if not disk_is_full(error):
             raise
         raise ConfigError(
-            f"unlabeled={_shown(settings)}: cannot write {error.filename or plan.folder} ({error.strerror}); make "
-            "room, or set XDG_CACHE_HOME to a folder on another disk"
+            f"{argument}: cannot write {error.filename or folder} ({error.strerror}); make room, or set "
+            "XDG_CACHE_HOME to a folder on another disk"
         ) from error
-    del teacher, plan
-    gc.collect()
-    torch.cuda.empty_cache()
-    train = yaml.safe_load(lists.with_suffix(".yaml").read_text(encoding="utf-8"))["train"]
-    found = Found(**json.loads(lists.read_text(encoding="utf-8")))
-    LOGGER.info(f"{colorstr('CWD:')} {_told(found)}; in {lists.parent.parent}")
-    if found.left_out:
-        say = LOGGER.warning if found.scored_on else LOGGER.info
-        say(f"{colorstr('CWD:')} images of unlabeled= that are left out: {found.left_out}")
-    return Pool(lists.parent.parent, train, lists.with_suffix(".yaml"), found)
-
-
-def _folder(settings: Settings, form: Form, imgsz: int, data: Mapping[str, Any]) -> Path:
-    """Return the folder for the labels of a teacher under the options that decide what it says."""
-    said = sorted(form.classes.items()), form.point_values, sorted(form.raw_ids.items()), data.get("masks_dir")
-    asked = settings.pool_conf, settings.pool_unsure, imgsz
-    key = fingerprint(VERSION, content_of(_file_of(settings.teacher)), form.task, said, asked)[:16]
-    return cache_folder() / "unlabeled" / key
+    data = lists.with_suffix(".yaml")
+    train = yaml.safe_load(data.read_text(encoding="utf-8"))["train"]
+    return Pool(folder, train, data, Found(**json.loads(lists.read_text(encoding="utf-8"))))
 
 
 @contextmanager
@@ -266,55 +307,85 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _lists(plan: _Plan, data: dict[str, Any]) -> Path:
+def _lists(plan: Plan, data: dict[str, Any], others: Sequence[str]) -> Path:
     """Return the file that says what is in a pool, with the lists beside it, made where they are missing."""
     settings, args = plan.settings, plan.args
     images, split = list_images(settings.unlabeled, "unlabeled"), images_of_data(data)
-    labelled = _share(split.train, args.fraction)
+    labelled = share(split.train, args.fraction)
     what = [identity(image) for part in (images, labelled, split.held_out) for image in part if image.exists()]
-    description = {name: _plain(value) for name, value in data.items() if name != "yaml_file"}
-    file = plan.folder / "lists" / f"{fingerprint(what, settings.pool_ratio, description)[:16]}.json"
-    if _is_whole(file):
+    description = described(data)
+    file = plan.folder / "lists" / f"{fingerprint(what, settings.pool_ratio, description, *others)[:16]}.json"
+    if is_whole(file):
         return file
     chosen = _chosen(settings, images, split, len(labelled))
-    records = _label(plan, chosen.images)
-    file.parent.mkdir(exist_ok=True)
-    train = _as_list(description.get("train"))
-    if args.fraction != 1 and train:
+    records = label_images(plan, chosen.images)
+    train = list(others) or _as_list(description.get("train"))
+    if args.fraction != 1 and train and not others:
         train = [_write_list(file.with_name(f"{file.stem}-labelled.txt"), labelled)]
-    train.append(_write_list(file.with_suffix(".txt"), [plan.folder / record["image"] for record in records]))
-    description |= {"train": train, "val": description.get("val") or train}
-    write_whole(file.with_suffix(".yaml"), yaml.safe_dump(description, sort_keys=False, allow_unicode=True))
-    write_whole(file, json.dumps(_found(plan.form.task, chosen, records, data["names"])._asdict()))
+    found = found_in(records, plan.form, data["names"], chosen.left_out(), chosen.held_out)
+    return write_lists(file, plan, train, records, description, found)
+
+
+def described(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a data set, as Ultralytics has resolved it, as plain values."""
+    return {name: _plain(value) for name, value in data.items() if name != "yaml_file"}
+
+
+def write_lists(
+    file: Path,
+    plan: Plan,
+    others: Sequence[str],
+    records: Sequence[Mapping[str, Any]],
+    description: Mapping[str, Any],
+    found: Found,
+) -> Path:
+    """Write a list of labelled images, and the YAML file of a data set with it; return the file of what is in it.
+
+    Args:
+        file: That file; it is written last.
+        plan: Where the images are.
+        others: What else is trained on.
+        records: The records of the images.
+        description: The data set without them.
+        found: What is in the list.
+    """
+    images = _write_list(file.with_suffix(".txt"), [plan.folder / record["image"] for record in records])
+    train = [*others, images]
+    content = {**description, "train": train, "val": description.get("val") or train}
+    write_whole(file.with_suffix(".yaml"), yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    write_whole(file, json.dumps(found._asdict()))
     return file
 
 
-def _found(task: str, chosen: Survey, records: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> Found:
+def found_in(
+    records: Sequence[Mapping[str, Any]], form: Form, names: Mapping[int, str], left_out: str, scored_on: int = 0
+) -> Found:
+    """Return what is in labelled images, by their records."""
     objects: Counter[str] = Counter()
     for record in records:
         objects.update({names.get(int(kind), f"class {kind}"): number for kind, number in record["classes"].items()})
     sure = [confidence for record in records for confidence in record["confidences"]]
     return Found(
-        task=task,
+        task=form.task,
         images=len(records),
         objects=dict(objects.most_common()),
         empty=sum(not record["classes"] for record in records),
         painted=sum(record["painted"] for record in records),
         confidence=sum(sure) / len(sure) if sure else 0.0,
-        left_out=chosen.left_out(),
-        scored_on=chosen.held_out,
+        left_out=left_out,
+        scored_on=scored_on,
     )
 
 
-def _is_whole(file: Path) -> bool:
-    """Return whether a pool is complete, and nothing of it has been removed."""
+def is_whole(file: Path) -> bool:
+    """Return whether a list is complete, and nothing of it has been removed."""
     if not file.exists():
         return False
     images = file.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
     return all(Path(image).exists() for image in images)
 
 
-def _share(images: list[Path], fraction: Any) -> list[Path]:
+def share(images: list[Path], fraction: Any) -> list[Path]:
     """Return the images that Ultralytics would take under its argument `fraction`."""
     part = fraction[0] if isinstance(fraction, list) else fraction
     if part == 1:
@@ -323,6 +394,7 @@ def _share(images: list[Path], fraction: Any) -> list[Path]:
 
 
 def _write_list(file: Path, images: Sequence[Path]) -> str:
+    file.parent.mkdir(exist_ok=True)
     write_whole(file, "".join(f"{image}\n" for image in images))
     return str(file)
 
@@ -335,9 +407,9 @@ def _as_list(value: Any) -> list[str]:
     return [] if not value else list(value) if isinstance(value, list) else [value]
 
 
-def _label(plan: _Plan, images: Sequence[Path]) -> list[dict[str, Any]]:
-    """Label the images that have no label yet, and return the records of all that could be labelled."""
-    names = {str(image): identity(image) for image in images}
+def label_images(plan: Plan, images: Sequence[Path]) -> list[dict[str, Any]]:
+    """Label the images that have no label by this teacher yet, and return the records of all that could be labelled."""
+    names = {str(image): plan.name(image) for image in images}
     missing = [image for image in names if _record(plan.folder, names[image]) is None]
     for part in ("images", plan.labels, "records"):
         (plan.folder / part).mkdir(parents=True, exist_ok=True)
@@ -353,11 +425,11 @@ def _label(plan: _Plan, images: Sequence[Path]) -> list[dict[str, Any]]:
     records = [_record(plan.folder, name) for name in names.values()]
     found = [record for record in records if record]
     if lost := len(records) - len(found):
-        LOGGER.warning(f"{colorstr('CWD:')} {lost} images without labels cannot be read, and are left out")
+        LOGGER.warning(f"{colorstr('CWD:')} {lost} images to label cannot be read, and are left out")
     return found
 
 
-def _write_labels(plan: _Plan, images: Sequence[str], names: Mapping[str, str]) -> None:
+def _write_labels(plan: Plan, images: Sequence[str], names: Mapping[str, str]) -> None:
     """Label images; the teacher does not wait for the disk."""
     bar = TQDM(total=len(images), desc=f"{colorstr('CWD:')} labelling")
     writing: deque[Future[None]] = deque()
@@ -371,7 +443,7 @@ def _write_labels(plan: _Plan, images: Sequence[str], names: Mapping[str, str]) 
             rest.result()
 
 
-def _predictions(plan: _Plan, images: Sequence[str]) -> Iterator[Any]:
+def _predictions(plan: Plan, images: Sequence[str]) -> Iterator[Any]:
     """Yield what the teacher predicts on images, in whatever order."""
     settings, args = plan.settings, plan.args
     conf = min(settings.pool_conf, settings.pool_unsure)
@@ -394,9 +466,9 @@ def _device(device: Any) -> torch.device | str | None:
     return torch.device("cuda", int(mine)) if mine.isdecimal() else mine or None
 
 
-def _put(plan: _Plan, result: Any, source: Path, name: str) -> None:
+def _put(plan: Plan, result: Any, source: Path, name: str) -> None:
     """Write the label of an image, and the image beside it; the record last."""
-    label = label_of(result, plan.form, plan.settings.pool_conf)
+    label = label_of(result, plan.form, plan.settings.pool_conf, plan.own.get(source, NOTHING))
     image = plan.folder / "images" / f"{name}{source.suffix.lower()}"
     if label.uncertain:
         image = image.with_suffix(image.suffix if image.suffix in WRITABLE else ".png")
@@ -412,6 +484,7 @@ def _put(plan: _Plan, result: Any, source: Path, name: str) -> None:
         "classes": label.classes,
         "confidences": [round(x, 4) for x in label.confidences],
         "painted": bool(label.uncertain),
+        "labelled": label.labelled,
     }
     write_whole(plan.folder / "records" / f"{name}.json", json.dumps(record))
 
@@ -453,8 +526,14 @@ def _data_like(teacher: YOLO) -> dict[str, Any]:
     return {"names": dict(teacher.names), "channels": channels, **shape, **masks}
 
 
-def form_of(teacher: YOLO, data: Mapping[str, Any], settings: Settings, single_class: bool) -> Form:
+def form_of(teacher: YOLO, data: Mapping[str, Any], settings: Settings, translation: Mapping[int, int]) -> Form:
     """Return what labels of a teacher for a data set look like.
+
+    Args:
+        teacher: The teacher with its head.
+        data: The data set, as Ultralytics has resolved it.
+        settings: The checked options.
+        translation: The class of the data by that of the teacher.
 
     Raises:
         ConfigError: If it cannot make them.
@@ -463,8 +542,8 @@ def form_of(teacher: YOLO, data: Mapping[str, Any], settings: Settings, single_c
     channels = teacher.model.yaml.get("channels", 3)
     if channels != data.get("channels", 3):
         raise ConfigError(
-            f"{name}: takes images of {channels} channels, the data have {data.get('channels', 3)}; choose a teacher "
-            "trained on such images"
+            f"{name}: takes images of {channels} channels, the data have {data.get('channels', 3)}; "
+            "choose a teacher trained on such images"
         )
     if channels not in PAINTABLE and settings.pool_unsure < settings.pool_conf:
         raise ConfigError(
@@ -478,7 +557,7 @@ def form_of(teacher: YOLO, data: Mapping[str, Any], settings: Settings, single_c
         )
     if task == "pose" and (ours := data.get("kpt_shape", [0])[0]) != (theirs := teacher.model.model[-1].kpt_shape[0]):
         raise ConfigError(f"{name}: has {theirs} key points, the data have {ours}; give a teacher trained on such data")
-    classes = {} if task == "depth" else _translation(teacher.names, data["names"], settings, single_class)
+    classes = dict(translation)
     if task == "semantic" and len(data["names"]) == 1:  # whose maps have 0 where it is not, and 1 where it is
         classes[1] = 1
     raw = _raw_ids(data) if task == "semantic" else {}
@@ -486,20 +565,20 @@ def form_of(teacher: YOLO, data: Mapping[str, Any], settings: Settings, single_c
     return Form(task, classes, folder, int(data.get("kpt_shape", [0, 3])[1]), raw)
 
 
-def _translation(
-    theirs: Mapping[int, str], ours: Mapping[int, str], settings: Settings, single_class: bool
-) -> dict[int, int]:
-    """Return the class of the data by that of the teacher, of those of one name."""
+def _translation(teacher: YOLO, data: Mapping[str, Any], settings: Settings, single_class: bool) -> dict[int, int]:
+    """Return the class of the data by that of the teacher, of those of one name; none where labels have no classes."""
+    theirs, ours = teacher.names, data["names"]
+    if teacher.task == "depth":
+        return {}
     if single_class and list(theirs.values()) == ["item"]:  # what Ultralytics calls the one of such a model
         return {0: 0}
     by_name = {name: i for i, name in ours.items()}
     known = {i: by_name[name] for i, name in theirs.items() if name in by_name}
     missing = [name for i, name in ours.items() if i not in known.values()]
     if missing and (settings.pool_classes != "known" or not known):
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         remedy = " or pool_classes=known" if known else ""
         raise ConfigError(
-            f"teacher={settings.teacher}: does not know {', '.join(missing[:4])}{more} of the data, and would call "
+            f"teacher={settings.teacher}: does not know {listed(missing)} of the data, and would call "
             f"them background in unlabelled images; give a teacher that does,{remedy or ' or leave unlabeled out'}"
         )
     return known

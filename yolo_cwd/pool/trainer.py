@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A training on the images of `data` together with a pool of images that the teacher has labelled."""
+"""A training on images that the teacher has labelled: those of a pool, and those of `data` beside their own labels."""
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
+import torch
+
 from yolo_cwd.config import Settings, unusable_data
-from yolo_cwd.pool import store
+from yolo_cwd.pool import complete, store
 from yolo_cwd.run import distributed
 from yolo_cwd.run.resumable import ResumableTrainer
 from yolo_cwd.tasks import Task
 
 
 class PooledTrainer(ResumableTrainer):
-    """Ultralytics' trainer whose training images may include a pool.
+    """Ultralytics' trainer whose training images may be labelled by the teacher.
 
     Attributes:
         task: The task it trains for.
         cwd: The checked options.
-        pool: Images without labels, labelled by the teacher; None if there are none.
+        pool: Images that the teacher has labelled; None if there are none.
     """
 
     task: Task
@@ -26,11 +29,14 @@ class PooledTrainer(ResumableTrainer):
     pool: store.Pool | None = None
 
     def label_pool(self, args: Any) -> store.Pool | None:
-        """Let the teacher label the images of `unlabeled`."""
-        return store.prepare(self.cwd, self.task.name, args)
+        """Let the teacher label the images of `unlabeled`, and complete the labels of the others."""
+        pool = complete.prepare(self.cwd, self.task.name, args)
+        gc.collect()  # the teacher with its head
+        torch.cuda.empty_cache()
+        return pool
 
     def get_dataset(self) -> Any:
-        """Resolve `data` as Ultralytics does, and add the images that the teacher has labelled."""
+        """Resolve `data` as Ultralytics does, with the training images as the teacher has labelled them."""
         try:
             data = super().get_dataset()
             return {**data, "train": self.pool.train} if self.pool else data
@@ -39,7 +45,7 @@ class PooledTrainer(ResumableTrainer):
             raise unusable_data(self.args.data, error.__cause__ or error) from error
 
     def build_dataset(self, img_path: Any, mode: str = "train", batch: int | None = None) -> Any:
-        """Build a dataset as Ultralytics does; `fraction` is of the labelled images, the pool has its `pool_ratio`."""
+        """Build a dataset as Ultralytics does; what the teacher has labelled is no longer subject to `fraction`."""
         whole = self.pool is not None and mode == "train"
         fraction = self.args.fraction
         self.args.fraction = 1.0 if whole else fraction

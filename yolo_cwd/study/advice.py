@@ -6,6 +6,8 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
+from yolo_cwd.config import listed
+
 WORTHWHILE = 0.05  # lead of a teacher in score: with 0.06 a gain has been measured, with 0.04 none
 WIDTH = 99
 DROWNED = 2.0  # a share above which a pretrained student loses by distillation
@@ -27,8 +29,7 @@ def compare_classes(teacher: dict[int, str], other: dict[int, str], whose: str) 
     parts = [f"the teacher has {len(ours)} and the {whose} {len(theirs)}"]
     for side, names, rest in (("teacher", ours, theirs), (whose, theirs, ours)):
         alone = [name for name in names if name not in rest]
-        more = f" and {len(alone) - 4} more" if len(alone) > 4 else ""
-        parts += [f"only the {side} has {', '.join(alone[:4])}{more}"] if alone else []
+        parts += [f"only the {side} has {listed(alone)}"] if alone else []
     parts += ["the names are the same in another order"] if sorted(ours) == sorted(theirs) else []
     return f"{'; '.join(parts)}. That is no obstacle: the necks are compared, not the classes"
 
@@ -101,8 +102,9 @@ def as_text(found: dict[str, Any]) -> str:
         "memory": f"{peaks['distilled']:,} MiB at its peak, {peaks['plain']:,} MiB for a plain step ({holds})",
         "teacher": f"calculates in {found['teacher']['precision']}",
     }
-    if found.get("unlabeled"):
-        paragraphs["unlabeled"] = found["unlabeled"]
+    for name in ("unlabeled", "completed"):
+        if found.get(name):
+            paragraphs[name] = found[name]
     if found["levels"]:
         paragraphs["share"] = balance(found["levels"], found["balanced"])
     if "scores" in found:

@@ -29,7 +29,7 @@ from ultralytics.utils.torch_utils import autocast, get_flops, parse_device, unw
 from yolo_cwd import digits
 from yolo_cwd.config import ConfigError
 from yolo_cwd.method.teacher import wait_for
-from yolo_cwd.pool import store
+from yolo_cwd.pool import complete, store
 from yolo_cwd.pool.images import Survey
 from yolo_cwd.study.advice import as_text, compare_classes, verdict
 from yolo_cwd.study.rehearsal import Unheard, passing_folder, set_up
@@ -46,12 +46,16 @@ class Trial(Unheard, CWDTrainer):
     """A trainer that is set up and makes a few steps, on made-up images if need be."""
 
     unlabeled: Survey | None = None
+    completed: str | None = None
 
     def label_pool(self, args: Any) -> None:
-        """Count the images without labels, and leave them as they are."""
+        """Count the images that the teacher would label, and leave them as they are."""
         store.whole_teacher(self.cwd, self.task.name)
         args.data = None if args.data == MADE_UP else args.data
-        self.unlabeled = store.count(self.cwd, args)
+        if self.cwd.complete_labels:
+            self.completed = complete.count(self.cwd, self.task.name, args)
+        if self.cwd.unlabeled:
+            self.unlabeled = store.count(self.cwd, args)
 
     def get_dataset(self) -> Any:
         """Resolve `data`, or make up two full batches of digits, labelled with the student's first classes."""
@@ -136,6 +140,7 @@ def examine(words: dict[str, Any], folder: Path) -> dict[str, Any]:
         **_cost(trainer),
         "levels": _levels(trainer),
         "unlabeled": None if trainer.unlabeled is None else trainer.unlabeled.told(),
+        "completed": trainer.completed,
         "classes": _classes(trainer, embedded),
     }
     if embedded:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """`yolo_cwd label`: what would the teacher call the images that nobody has annotated?
 
-The first step of a training with `unlabeled=` alone, to be looked at before. The training uses these labels again.
+The first step of a training with `unlabeled=` or `complete_labels=True` alone, to be looked at before. The training
+uses these labels again.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.plotting import plot_images
 
 from yolo_cwd import digits
-from yolo_cwd.config import ConfigError, Settings, check_names, split_options
+from yolo_cwd.config import ConfigError, Settings, check_names, listed, split_options
 from yolo_cwd.method.teacher import load_teacher
-from yolo_cwd.pool import store
+from yolo_cwd.pool import complete, store
 from yolo_cwd.pool.images import evenly, images_of_data, list_images
 from yolo_cwd.study.advice import WIDTH
 
@@ -35,23 +36,24 @@ def run(words: dict[str, Any]) -> store.Pool:
 
     Args:
         words: `teacher`, `source` (or `unlabeled`), `data` if there are, and the options and arguments that matter.
+            Without `source`, with `complete_labels`, the images are those of the data.
 
     Raises:
         ConfigError: If they cannot be labelled.
     """
     words = {**words}
     source = words.pop("source", None) or words.pop("unlabeled", None)
-    if source is None:
-        raise ConfigError("source: missing; give the images to label, such as source=path/to/images")
     options, arguments = split_options(words)
+    if source is None and not options.get("complete_labels"):
+        raise ConfigError("source: missing; give the images to label, such as source=path/to/images")
     check_names(arguments, DEFAULT_CFG_DICT)
     settings = Settings.parse({**options, "unlabeled": source})
     load_teacher(settings.teacher, settings.trust_teacher)
     teacher = store.whole_teacher(settings, arguments.get("task"))
     data = digits.resolve(arguments.get("data"), teacher.task)
     args = get_cfg(DEFAULT_CFG_DICT, {**arguments, "data": data, "task": teacher.task})
-    pool = store.prepare(settings, teacher.task, args)
-    names = check_det_dataset(str(pool.data))["names"]
+    pool = complete.prepare(settings, teacher.task, args)
+    names = check_det_dataset(str(pool.data))["names"] if settings.unlabeled else dict(enumerate(pool.found.objects))
     print(as_text(pool, settings, _draw(pool, args)))
     for warning in _warnings(pool.found, names, _usual_confidence(teacher, settings, args)):
         print(textwrap.fill(f"warning: {warning}", WIDTH))
@@ -61,10 +63,11 @@ def run(words: dict[str, Any]) -> store.Pool:
 def as_text(pool: store.Pool, settings: Settings, sheet: Path) -> str:
     """Return what is in a pool in words and a table."""
     found = pool.found
-    lines = [f"{found.images:,} images labelled by {settings.teacher}"]
+    lines = [f"{found.images:,} images {'labelled' if settings.unlabeled else 'completed'} by {settings.teacher}"]
+    added = "" if settings.unlabeled else " more"
     if found.task not in store.MAPS:
         lines += [
-            f"{found.empty:,} without any object, {found.painted:,} with uncertain ones painted over",
+            f"{found.empty:,} without any object{added}, {found.painted:,} with uncertain ones painted over",
             f"mean confidence {found.confidence:.2f}",
         ]
     width = max(map(len, found.objects), default=0)
@@ -100,10 +103,9 @@ def _usual_confidence(teacher: YOLO, settings: Settings, args: Any) -> float:
 def _warnings(found: store.Found, names: dict[int, str], usual: float) -> list[str]:
     """Return what speaks against a training on these labels."""
     warnings = []
-    absent = [name for name in names.values() if name not in found.objects]
+    absent = [name for name in names.values() if not found.objects.get(name)]
     if found.task != "depth" and absent:
-        more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
-        warnings.append(f"no image has {', '.join(absent[:8])}{more}")
+        warnings.append(f"no image has {listed(absent, 8)}")
     if found.confidence < FAR_LOWER * usual:
         warnings.append(
             f"the teacher is far less sure here than on the validation images (mean confidence {found.confidence:.2f}, "

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""New classes beside old ones: the labels of the training images, completed by a teacher that knows the old classes.
+
+Whoever labels images for new classes leaves the old ones out, and a student would learn that they are background. The
+images appear in a folder of ours (store.py), each with its own labels, and with the teacher's objects of those classes
+that no label has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ultralytics import YOLO
+from ultralytics.data.utils import img2label_paths, verify_image_label
+from ultralytics.utils import LOGGER, colorstr
+from ultralytics.utils.ops import xywh2xyxy
+
+from yolo_cwd.config import ConfigError, Settings, listed, unusable_data
+from yolo_cwd.pool import store
+from yolo_cwd.pool.images import READERS, fingerprint, identity, images_of_data, with_progress
+from yolo_cwd.pool.labels import Own, corners_of
+from yolo_cwd.pool.store import Plan, Pool
+from yolo_cwd.run.distributed import first_here_first
+from yolo_cwd.run.request import data_of
+
+
+class Labelled(NamedTuple):
+    """The training images of a data set.
+
+    Attributes:
+        own: What each of them is labelled with; those that Ultralytics cannot use are not in it.
+        classes: The class of the data by that of the teacher, of those that no label has.
+        warnings: What should be known of them.
+    """
+
+    own: dict[Path, Own]
+    classes: dict[int, int]
+    warnings: list[str]
+
+
+def prepare(settings: Settings, task: str | None, args: Any) -> Pool:
+    """Return all that the teacher labels for a training: its own images, and those of `unlabeled`.
+
+    Args:
+        settings: The checked options; they ask for one of the two at least.
+        task: The task of the student; None for that of the teacher.
+        args: The arguments of the training.
+
+    Raises:
+        ConfigError: If the teacher cannot label for the data, or if there is nothing to label.
+    """
+    completed = _complete(settings, task, args) if settings.complete_labels else None
+    if completed and not settings.unlabeled:
+        return completed
+    return store.prepare(settings, task, args, completed.train if completed else ())
+
+
+def count(settings: Settings, task: str, args: Any) -> str:
+    """Say which labels would be completed, without labelling.
+
+    Args:
+        settings: The checked options.
+        task: The task of the student.
+        args: The arguments of the training, data among them.
+
+    Raises:
+        ConfigError: If there is nothing to complete.
+    """
+    teacher, data = _teacher_and_data(settings, task, args)
+    images = images_of_data(data).train
+    read = _read(images, teacher, data, settings, args)
+    number = sum(image in read.own for image in store.share(images, args.fraction))
+    added = listed([data["names"][kind] for kind in read.classes.values()], 8)
+    return "; ".join([f"the labels of {number:,} images will be completed with: {added}", *read.warnings])
+
+
+def _complete(settings: Settings, task: str | None, args: Any) -> Pool:
+    """Return the training images of the data with completed labels."""
+    args = store.as_begun(args)
+    with first_here_first():
+        teacher, data = _teacher_and_data(settings, task, args)
+    said = sorted(data["names"].items()), data.get("kpt_shape")
+    folder = store.folder_of("completed", settings, teacher.task, said, args.imgsz)
+    completed = store.made_once(folder, "complete_labels=True", lambda: _lists(folder, teacher, data, settings, args))
+    LOGGER.info(f"{colorstr('CWD:')} {_told(completed.found)}; in {folder}")
+    for warning in completed.found.warnings:
+        LOGGER.warning(f"{colorstr('CWD:')} {warning}")
+    return completed
+
+
+def _teacher_and_data(settings: Settings, task: str | None, args: Any) -> tuple[YOLO, dict[str, Any]]:
+    teacher = store.whole_teacher(settings, task)
+    if teacher.task in store.MAPS:
+        raise ConfigError(
+            f"complete_labels=True: labels of task={teacher.task} are maps, in which every pixel has a value already; "
+            "leave complete_labels out"
+        )
+    if not args.data:
+        raise ConfigError("complete_labels=True: is about the labels of a data set; give data=")
+    return teacher, data_of(store.changed(args, single_cls=False))
+
+
+def _lists(folder: Path, teacher: YOLO, data: dict[str, Any], settings: Settings, args: Any) -> Path:
+    """Return the file that says what is completed, with the list of the images beside it, made where it is missing."""
+    images = images_of_data(data).train
+    labels = [Path(file) for file in img2label_paths(list(map(str, images)))]
+    what = [identity(file) for file in (*images, *labels) if file.exists()]
+    description = store.described(data)
+    key = fingerprint(what, args.fraction, bool(args.single_cls), description)[:16]
+    file = folder / "lists" / f"{key}.json"
+    if store.is_whole(file):
+        return file
+    read = _read(images, teacher, data, settings, args)
+    form = store.form_of(teacher, data, settings, read.classes)
+    plan = Plan(teacher, settings, form, args, folder, read.own)
+    records = store.label_images(plan, [image for image in store.share(images, args.fraction) if image in read.own])
+    labelled = sum(record["labelled"] for record in records)
+    left_out = f"{labelled:,} that are labelled as something else" if labelled else ""
+    found = store.found_in(records, form, data["names"], left_out)
+    objects = {data["names"][kind]: 0 for kind in read.classes.values()} | found.objects
+    found = found._replace(objects=objects, warnings=read.warnings)
+    return store.write_lists(file, plan, [], records, description, found)
+
+
+def _read(images: Sequence[Path], teacher: YOLO, data: Mapping[str, Any], settings: Settings, args: Any) -> Labelled:
+    """Read the labels of the training images by Ultralytics' rules, and find out which classes they lack.
+
+    All of them, whatever `fraction` of them is trained on: where a class is labelled in one image, it is in all.
+    """
+    points, values = data.get("kpt_shape", (0, 0))
+    rules = teacher.task == "pose", len(data["names"]), points, values, bool(args.single_cls)
+    labels = img2label_paths(list(map(str, images)))
+
+    def read(image: Path, label: str) -> tuple[Any, ...]:
+        content = Path(label).read_bytes() if Path(label).is_file() else b""
+        return content, *verify_image_label((str(image), label, "", *rules))
+
+    with ThreadPoolExecutor(READERS) as threads:
+        results = with_progress(threads.map(read, images, labels), len(images), "reading the labels")
+    own, kinds, unusable = {}, set(), []
+    for image, (content, usable, rows, _, outlines, *_, message) in zip(images, results, strict=True):
+        if usable:
+            boxes = list(corners_of(xywh2xyxy(rows[:, 1:])))
+            own[image] = Own(content, outlines or boxes, bool(outlines))
+            kinds |= set(rows[:, 0].astype(int).tolist())
+        else:
+            unusable.append(message)
+    if not own:
+        raise unusable_data(args.data, ValueError(f"no training image can be used: {listed(unusable, 1)}"))
+    warnings = [f"training images that cannot be used: {listed(unusable, 8)}"] if unusable else []
+    if missing := sum(not Path(label).is_file() for label in labels):
+        files = f"{missing} of {len(labels)} training images have no label file"
+        warnings.append(f"{files}, and have no other objects than the teacher's")
+    classes = _classes(teacher, data["names"], kinds)
+    absent = [name for kind, name in data["names"].items() if kind not in kinds | set(classes.values())]
+    if absent:
+        warnings.append(f"no label has {listed(absent, 8)}, and {settings.teacher} does not know them either")
+    return Labelled(own, classes, warnings)
+
+
+def _classes(teacher: YOLO, names: Mapping[int, str], kinds: set[int]) -> dict[int, int]:
+    """Return the class of the data by that of the teacher, of those that no label has."""
+    unlabelled = {name: kind for kind, name in names.items() if kind not in kinds}
+    classes = {i: unlabelled[name] for i, name in teacher.names.items() if name in unlabelled}
+    if not classes:
+        labelled = [name for kind, name in names.items() if kind in kinds]
+        raise ConfigError(
+            f"complete_labels=True: the teacher knows no class of the data without labels (labelled: "
+            f"{listed(labelled)}; the teacher's: {listed(list(teacher.names.values()))}); name the old classes in the "
+            "data's YAML as the teacher does"
+        )
+    return classes
+
+
+def _told(found: store.Found) -> str:
+    objects = listed([f"{name} {number:,}" for name, number in found.objects.items()], 8)
+    left_out = found.left_out and f", without {found.left_out}"
+    said = f"the labels of {found.images:,} images are completed by the teacher: {objects}{left_out}"
+    return f"{said}, {found.painted:,} images with uncertain ones painted over"

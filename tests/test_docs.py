@@ -109,11 +109,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     teacher = YOLO(STUDENT)
     teacher.model.names = dict(enumerate(classes))
     teacher.save(folder / "best.pt")
+    _new_beside_old(folder)
     for run in ("teacher", "train"):
         weights = folder / "runs" / "detect" / run / "weights"
         weights.mkdir(parents=True)
         shutil.copy(folder / "best.pt", weights)
     return folder
+
+
+def _new_beside_old(folder: Path) -> None:
+    """Make data that are labelled for new classes alone, and a teacher of the old ones."""
+    data = digits.build(folder / "new", {"train": 8, "val": 4}, seed=2)
+    for file in (data.parent / "labels" / "train").iterdir():
+        file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if line[0] > "4"))
+    shutil.copy(data, folder / "new.yaml")
+    shutil.copy(folder / "best.pt", folder / "old.pt")
 
 
 @pytest.fixture
@@ -146,7 +156,7 @@ def test_command_runs(
     command: str, folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    if "path/to/images" in command:
+    if "path/to/images" in command or "new.yaml" in command:
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     begin = time.time()
     program, *words = shlex.split(command)

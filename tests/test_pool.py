@@ -379,6 +379,14 @@ def test_a_pool_without_a_usable_image_is_refused_and_leaves_nothing(
     assert list(cache.rglob("*")) == []
 
 
+@pytest.mark.parametrize("batch", [-1, 0.7])
+def test_a_batch_that_is_to_be_estimated_is_none_for_labelling(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, batch: float
+) -> None:
+    asked = arguments(sets["detect"], batch=batch)
+    assert store.prepare(settings(teachers["detect"], str(pictures)), "detect", asked).found.images == 7
+
+
 def test_the_ratio_bounds_the_pool_evenly(teachers: dict[str, str], sets: dict[str, str], pictures: Path) -> None:
     pool = label(teachers["detect"], str(pictures), sets["detect"], pool_ratio=0.5)
     everything = sorted(pictures.rglob("*.jpg"))
@@ -853,3 +861,15 @@ def test_completed_labels_can_be_seen_and_checked_before(
     assert cv2.imread(drawn[0]) is not None
     assert main(["label", *(word for word in words if "data" not in word)]) == 2
     assert "complete_labels=True: is about the labels of a data set; give data=" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_several_processes_complete_once(teachers: dict[str, str], tmp_path: Path, cache: Path) -> None:
+    data = new_classes(tmp_path / "new")
+    teacher = renamed(teachers["detect"], tmp_path, [*"01234", "a", "b", "c", "d", "e"])
+    words = {**SHORT, "teacher": teacher, "data": data, "complete_labels": True, **POOL}
+    words |= {"verbose": True, "project": tmp_path / "runs", "model": teachers["detect"]}
+    result = torchrun(2, "-m", "yolo_cwd", "train", *as_words(**words), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (result.stdout + result.stderr).count("labels 6 images") == 1
+    assert len(list((cache.parent / "completed").glob("*/records/*.json"))) == 6

@@ -32,7 +32,7 @@ import yaml
 from filelock import FileLock, Timeout
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
-from ultralytics.utils import LOCAL_RANK, LOGGER, TQDM, colorstr
+from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, TQDM, colorstr
 from ultralytics.utils.checks import check_model_file_from_stem
 from ultralytics.utils.downloads import attempt_download_asset
 from ultralytics.utils.torch_utils import parse_device
@@ -451,7 +451,8 @@ def _predictions(plan: Plan, images: Sequence[str]) -> Iterator[Any]:
     listing = Path(tempfile.mkstemp(suffix=".txt", dir=plan.folder)[1])  # Ultralytics loads what is given as a list
     try:
         listing.write_text("\n".join(images), encoding=locale.getpreferredencoding(False))  # in which it is read
-        asked = {"conf": conf, "imgsz": args.imgsz, "batch": args.batch, "device": _device(args.device)}
+        batch = args.batch if args.batch >= 1 else DEFAULT_CFG.batch  # one below 1 is estimated later, for training
+        asked = {"conf": conf, "imgsz": args.imgsz, "batch": batch, "device": _device(args.device)}
         for result in plan.teacher.predict(str(listing), stream=True, verbose=False, save=False, **asked):
             if result.path in asked_for:
                 yield result

@@ -581,7 +581,8 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
 
 def completed(teacher: str, data: str, task: str = "detect", **options: Any) -> store.Pool:
     overrides = {name: options.pop(name) for name in ("fraction", "single_cls") if name in options}
-    return complete.prepare(settings(teacher, None, **{**CONFIDENT, **options}), task, arguments(data, **overrides))
+    images = options.pop("unlabeled", None)
+    return complete.prepare(settings(teacher, images, **{**CONFIDENT, **options}), task, arguments(data, **overrides))
 
 
 def label_files(pool: store.Pool) -> dict[str, str]:
@@ -790,6 +791,12 @@ def test_labels_that_cannot_be_completed_are_refused_and_leave_nothing(
     with pytest.raises(ConfigError, match="task=segment; give a teacher for segment, or leave complete_labels out"):
         completed(teachers["detect"], sets["segment"], "segment")
     teacher = renamed(teachers["detect"], cache.parents[2], list("abcdefghij"))
+    new = new_classes(cache.parents[2] / "new")
+    teacher_of_old = renamed(teachers["detect"], cache.parents[2] / "new", [*"01234", "a", "b", "c", "d", "e"])
+    with pytest.raises(ConfigError, match="does not know 5, 6, 7, 8 and 1 more of the data"):
+        completed(teacher_of_old, new, unlabeled=str(Path(sets["depth"]).parent / "images"))
+    with pytest.raises(ConfigError, match=r"unlabeled=.*: names no file"):
+        completed(teacher_of_old, new, unlabeled="nowhere")
     with pytest.raises(ConfigError, match="knows no class of the data without labels") as error:
         completed(teacher, sets["detect"])
     assert len(str(error.value)) < 300

@@ -20,7 +20,7 @@ from ultralytics.utils.ops import xywh2xyxy
 
 from yolo_cwd.config import ConfigError, Settings, listed, unusable_data
 from yolo_cwd.pool import store
-from yolo_cwd.pool.images import READERS, fingerprint, identity, images_of_data, with_progress
+from yolo_cwd.pool.images import READERS, fingerprint, identity, images_of_data, list_images, with_progress
 from yolo_cwd.pool.labels import Own, corners_of
 from yolo_cwd.pool.store import Plan, Pool
 from yolo_cwd.run.distributed import first_here_first
@@ -52,10 +52,13 @@ def prepare(settings: Settings, task: str | None, args: Any) -> Pool:
     Raises:
         ConfigError: If the teacher cannot label for the data, or if there is nothing to label.
     """
-    completed = _complete(settings, task, args) if settings.complete_labels else None
-    if completed and not settings.unlabeled:
-        return completed
-    return store.prepare(settings, task, args, completed.train if completed else ())
+    if not settings.complete_labels:
+        return store.prepare(settings, task, args)
+    if settings.unlabeled:  # refuse the one before the other is labelled
+        list_images(settings.unlabeled, "unlabeled")
+        store.plan_of(settings, task, args)
+    completed = _complete(settings, task, args)
+    return store.prepare(settings, task, args, completed.train) if settings.unlabeled else completed
 
 
 def count(settings: Settings, task: str, args: Any) -> str:

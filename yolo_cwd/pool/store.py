@@ -225,19 +225,29 @@ def prepare(settings: Settings, task: str | None, args: Any, labelled: Sequence[
     Raises:
         ConfigError: If the teacher cannot label for the data, or if there is nothing to label.
     """
-    args = as_begun(args)
-    with first_here_first():
-        teacher = whole_teacher(settings, task)
-        data = data_of(changed(args, single_cls=False)) if args.data else _data_like(teacher)
-    form = form_of(teacher, data, settings, _translation(teacher, data, settings, bool(args.single_cls)))
-    said = sorted(form.classes.items()), form.point_values, sorted(form.raw_ids.items()), data.get("masks_dir")
-    plan = Plan(teacher, settings, form, args, folder_of("unlabeled", settings, form.task, said, args.imgsz))
+    plan, data = plan_of(settings, task, args)
     pool = made_once(plan.folder, f"unlabeled={_shown(settings)}", lambda: _lists(plan, data, labelled))
     LOGGER.info(f"{colorstr('CWD:')} {_told(pool.found)}; in {pool.folder}")
     if pool.found.left_out:
         say = LOGGER.warning if pool.found.scored_on else LOGGER.info
         say(f"{colorstr('CWD:')} images of unlabeled= that are left out: {pool.found.left_out}")
     return pool
+
+
+def plan_of(settings: Settings, task: str | None, args: Any) -> tuple[Plan, dict[str, Any]]:
+    """Return who labels a pool, for what and where to, and the data set, before anything is labelled.
+
+    Raises:
+        ConfigError: If the teacher cannot label for the data.
+    """
+    args = as_begun(args)
+    with first_here_first():
+        teacher = whole_teacher(settings, task)
+        data = data_of(changed(args, single_cls=False)) if args.data else _data_like(teacher)
+    form = form_of(teacher, data, settings, _translation(teacher, data, settings, bool(args.single_cls)))
+    said = sorted(form.classes.items()), form.point_values, sorted(form.raw_ids.items()), data.get("masks_dir")
+    folder = folder_of("unlabeled", settings, form.task, said, args.imgsz)
+    return Plan(teacher, settings, form, args, folder), data
 
 
 def folder_of(kind: str, settings: Settings, task: str, said: Any, imgsz: int) -> Path:

@@ -108,7 +108,7 @@ def test_any_input(typed: list[str], try_out: Callable[[list[str]], None]) -> No
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=RELAXED)
+@settings(max_examples=100, deadline=None, suppress_health_check=RELAXED)
 @given(typed=words())
 def test_much_more_input(typed: list[str], try_out: Callable[[list[str]], None]) -> None:
     try_out(typed)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a teacher predicts on an image, as the labels that Ultralytics trains on, and as the image beside them.
+"""Turns a teacher's predictions on an image into labels that Ultralytics trains on, and into the image to go with them.
 
-An object that the teacher is not sure of is neither a label nor background: it is painted over, with the gray that
-Ultralytics pads images with, so that the loss does not punish a student who finds it.
+An object that the teacher is not sure of is neither a label nor background. It is painted over with the grey that
+Ultralytics pads images with, so that the loss does not punish a student that finds it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 GRAY = 114  # what Ultralytics pads images with
-COVERED = 0.5  # an uncertain object is no other one if so much of its box is in that of a certain one
-SEEN = 0.5  # confidence of a key point from which on it counts as visible
+COVERED = 0.5  # with this share of its box in that of a certain object, an uncertain one is the same object
+SEEN = 0.5  # lowest confidence of a key point that counts as visible
 IGNORED = 255  # class of pixels that do not count
 
 
@@ -28,12 +28,12 @@ class Label(NamedTuple):
     """The label of one image.
 
     Attributes:
-        content: What its file holds.
-        suffix: How its file is called.
-        classes: How many objects there are of each class; pixels, where every pixel has one.
+        content: The content of its file.
+        suffix: The suffix of its file.
+        classes: The number of objects of each class; of pixels, in tasks where every pixel has a class.
         confidences: The confidence of each object.
         certain: The corners [4, 2] of the box of each object, in pixels.
-        uncertain: The same of the objects that are to be painted over.
+        uncertain: The same for the objects to paint over.
     """
 
     content: bytes
@@ -49,10 +49,10 @@ class Form(NamedTuple):
 
     Attributes:
         task: One of Ultralytics' tasks.
-        classes: The class of the data by that of the teacher; others are left out.
-        folder: What the folder of the labels is called, beside that of the images.
-        point_values: Numbers for each key point: 2, or 3 with its visibility.
-        raw_ids: What stands in a class map for a class of the data, where it is not its number.
+        classes: The data's class for each of the teacher's classes; others are left out.
+        folder: The name of the labels' folder, which is beside that of the images.
+        point_values: Numbers per key point: 2, or 3 with its visibility.
+        raw_ids: The value in a class map for a class of the data, where it differs from the class number.
     """
 
     task: str
@@ -66,9 +66,9 @@ def label_of(result: Any, form: Form, conf: float) -> Label:
     """Return the label of one image.
 
     Args:
-        result: What Ultralytics has predicted, objects of every confidence that matters among it.
+        result: Ultralytics' prediction, with objects of every confidence that matters.
         form: What labels look like.
-        conf: Confidence from which on an object is certain.
+        conf: Lowest confidence of a certain object.
     """
     result = result.cpu()
     if form.task == "semantic":
@@ -94,7 +94,7 @@ def _box(result: Any, i: int, _: Form) -> list[float]:
 
 
 def _polygon(result: Any, i: int, _: Form) -> list[float]:
-    """Return the outline of a mask, or of the box where the mask has none."""
+    """Return the outline of a mask, or of the box if the mask has no outline."""
     outline = result.masks.xyn[i] if result.masks is not None else []
     if len(outline) < 3:
         outline = _corners(result.boxes.xyxyn.numpy()[[i]])[0]
@@ -103,7 +103,7 @@ def _polygon(result: Any, i: int, _: Form) -> list[float]:
 
 
 def _oriented_box(result: Any, i: int, _: Form) -> list[float]:
-    """Return the corners of a box, cut to the image where Ultralytics would refuse the image with all its labels."""
+    """Return the corners of a box, clipped if Ultralytics would otherwise refuse the image with all its labels."""
     corners = result.obb.xyxyxyxyn[i].numpy()  # [4, 2]
     low, high = corners.min(axis=0), corners.max(axis=0)
     if (low + high).min() < 0 or (low + high).max() > 2 or (high - low).max() > 1:
@@ -121,7 +121,7 @@ def _pose(result: Any, i: int, form: Form) -> list[float]:
     return [*_box(result, i, form), *points.ravel().tolist()]
 
 
-ROWS: dict[str, Callable[[Any, int, Form], list[float]]] = {  # what a line of a label file has after the class
+ROWS: dict[str, Callable[[Any, int, Form], list[float]]] = {  # what follows the class in a line of a label file
     "detect": _box,
     "segment": _polygon,
     "obb": _oriented_box,
@@ -158,14 +158,14 @@ def _corners(boxes: Array) -> Array:
 
 
 def _covered(box: Array, certain: Array) -> bool:
-    """Return whether so much of a box is in another one that both are likely to be around the same object."""
+    """Return whether so much of a box lies in a certain one that both are likely to show the same object."""
     area = cv2.contourArea(box.astype(np.float32))
     shared = (cv2.intersectConvexConvex(box.astype(np.float32), c.astype(np.float32))[0] for c in certain)
     return any(part >= COVERED * area for part in shared)
 
 
 def painted(image: Array, uncertain: Sequence[Array], certain: Sequence[Array]) -> Array:
-    """Return a copy of an image [H, W, C] in which uncertain objects are gray, but where a certain one is.
+    """Return a copy of an image [H, W, C] with uncertain objects painted grey, except where a certain one is.
 
     Args:
         image: The image.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """The demonstration: teacher, plain student and distilled student on the embedded data set, in minutes on a CPU.
 
-A miniature of the usual case, in which a public checkpoint has seen far more than the user's own data: the teacher
-trains on all images, the two students on a quarter of them, with the same seed and the same schedule. They learn where
-a digit is, not which one. The plain student needs no teacher, and trains beside it in a process of its own: on a CPU
-Ultralytics leaves a core idle.
+It is a small version of the usual case, in which a public checkpoint has seen far more than the user's own data. The
+teacher trains on all images, and the two students on a quarter of them, with the same seed and schedule. They learn
+where a digit is, not which one. The plain student needs no teacher, and trains beside it in a process of its own: on a
+CPU, Ultralytics leaves one core idle.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from yolo_cwd.view.plots import COLOURS, drawn, spread
 from yolo_cwd.view.report import read_rows
 
 TEACHER_MODEL = "yolov8n.yaml"
-STUDENT_WIDTH = 0.125  # of YOLOv8's channels; YOLOv8n has 0.25
+STUDENT_WIDTH = 0.125  # share of YOLOv8's channels; YOLOv8n has 0.25
 IMAGE_SIZE = 96
 IMAGES = {"train": 1600, "val": 100}
 SCHEDULE: dict[str, Any] = {
@@ -49,11 +49,11 @@ SCHEDULE: dict[str, Any] = {
     "plots": False,
     "verbose": False,
 }
-SCHEDULE |= {"mosaic": 0.0, "fliplr": 0.0}  # digits do not come mirrored or in mosaics
+SCHEDULE |= {"mosaic": 0.0, "fliplr": 0.0}  # digits are never mirrored or in mosaics
 TEACHER_SHARE: dict[str, Any] = {"epochs": 4}
 STUDENT_SHARE: dict[str, Any] = {"epochs": 16, "fraction": 0.25}
 SHOWN_IMAGES = 4
-PARTS = {"teacher": 0.5, "distilled": 0.5}  # of the whole time; the plain student trains beside them
+PARTS = {"teacher": 0.5, "distilled": 0.5}  # shares of the whole time; the plain student trains beside them
 TITLES = {"teacher": "teacher", "student": "plain student", "distilled": "distilled student"}
 
 
@@ -61,12 +61,12 @@ class Result(NamedTuple):
     """One line of the demonstration's table.
 
     Attributes:
-        name: What is trained.
+        name: Which of the three models it is.
         map50_95: Its mAP50-95 on the validation images, 0 to 1.
         map50: Its mAP50.
         parameters: Its parameters, in millions.
-        gflops: Its GFLOPs for an image.
-        seconds: How long it has trained.
+        gflops: Its GFLOPs per image.
+        seconds: How long it trained.
         weights: Its checkpoint.
         curve: Its mAP50 after each epoch.
     """
@@ -82,25 +82,25 @@ class Result(NamedTuple):
 
 
 class Progress:
-    """Tells the time that is left, by the share of the whole that is done."""
+    """Estimates the time left from the share of the work that is done."""
 
     def __init__(self) -> None:
         """Start the clock."""
         self.begin, self.done, self.part = time.perf_counter(), 0.0, 0.0
 
     def start(self, name: str) -> None:
-        """Say what is trained next."""
+        """Say which model is trained next."""
         self.part = PARTS[name]
         left = f", {self._left(self.done)}" if self.done else f", and beside it the {TITLES['student']}"
         LOGGER.info(f"{colorstr('demo:')} training the {TITLES[name]}{left}")
 
     def epoch(self, trainer: Any) -> None:
-        """Say how far the training is."""
+        """Say how far the training has got."""
         done = self.done + self.part * (trainer.epoch + 1) / trainer.epochs
         LOGGER.info(f"{colorstr('demo:')} epoch {trainer.epoch + 1} of {trainer.epochs}, {self._left(done)}")
 
     def end(self) -> None:
-        """Count the part as done."""
+        """Count the current part as done."""
         self.done += self.part
 
     def _left(self, done: float) -> str:
@@ -109,7 +109,7 @@ class Progress:
 
 
 def run() -> list[Result]:
-    """Train the three models, print the table, draw the picture, and return the table's lines."""
+    """Train the three models, print the table, draw the pictures, and return the results."""
     folder = get_save_dir(SimpleNamespace(project="", task="detect", name="demo", mode="train", exist_ok=False))
     folder.mkdir(parents=True)
     student, data, progress = _student_file(folder), digits.build(images=IMAGES), Progress()
@@ -177,7 +177,7 @@ def _train(name: str, trainer_class: type, arguments: dict[str, Any], progress: 
 
 @drawn
 def draw_curves(file: Path, results: Sequence[Result]) -> None:
-    """Draw mAP50 over the epochs, a line a model."""
+    """Draw mAP50 over the epochs, one line per model."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -193,7 +193,7 @@ def draw_curves(file: Path, results: Sequence[Result]) -> None:
 
 
 def table(results: list[Result], folder: Path) -> str:
-    """Return the results as text, with the gain of the distilled student and where to look in the last lines."""
+    """Return the results as text, ending with the gain of the distilled student and where to find the files."""
     header = f"{'':10} {'mAP50-95':>9} {'mAP50':>7} {'params (M)':>11} {'GFLOPs':>7} {'time (s)':>9}"
     lines = [
         f"{r.name:10} {r.map50_95:9.3f} {r.map50:7.3f} {r.parameters:11.2f} {r.gflops:7.3f} {r.seconds:9.0f}"

@@ -131,8 +131,8 @@ class Teacher(nn.Module):
         """
         if self.image_channels != channels:
             raise ConfigError(
-                f"{self.argument}: takes images of {self.image_channels} channels, data={data} has {channels}; choose "
-                "a teacher trained on such images"
+                f"{self.argument}: takes images of {self.image_channels} channels, data={data} has {channels}; "
+                "choose a teacher trained on such images"
             )
 
     def show_classes(self, names: Sequence[str]) -> list[int]:

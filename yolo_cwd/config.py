@@ -24,6 +24,7 @@ LONGEST, REMEDY = 299, 190  # the most characters of a message, and how many of 
 SYNONYMS = {"student", "model"}
 POOL_CLASSES = ("all", "known")
 TEACHER_DTYPES = ("auto", "fp32", "bf16", "fp16")
+TEACHER_FORWARDS = ("eager", "stream", "compile")
 
 
 class ConfigError(ValueError):
@@ -174,6 +175,7 @@ class Settings:
         normalize: Whether both sides are standardized per channel before the softmax.
         adapter: One of `ADAPTERS`.
         teacher_dtype: One of `TEACHER_DTYPES`.
+        teacher_forward: One of `TEACHER_FORWARDS`.
         cwd_every: Distil only every n-th batch, at least 1.
         trust_teacher: Whether the teacher's checkpoint may run its author's code while it is loaded.
         unlabeled: Absolute paths of images for the teacher to label: folders, globs, lists or images.
@@ -196,6 +198,7 @@ class Settings:
     normalize: bool
     adapter: str
     teacher_dtype: str
+    teacher_forward: str
     cwd_every: int
     trust_teacher: bool
     unlabeled: tuple[str, ...]
@@ -231,6 +234,7 @@ class Settings:
             normalize=_choice("normalize", value["normalize"], (True, False)),
             adapter=_choice("adapter", value["adapter"], ADAPTERS),
             teacher_dtype=_choice("teacher_dtype", value["teacher_dtype"], TEACHER_DTYPES),
+            teacher_forward=_choice("teacher_forward", value["teacher_forward"], TEACHER_FORWARDS),
             cwd_every=_count("cwd_every", value["cwd_every"]),
             trust_teacher=_choice("trust_teacher", value["trust_teacher"], (True, False)),
             unlabeled=_paths("unlabeled", value["unlabeled"]),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import BaseModel
-from ultralytics.utils.torch_utils import fuse_conv_and_bn, unwrap_model
+from ultralytics.utils.torch_utils import attempt_compile, fuse_conv_and_bn, unwrap_model
 
 from yolo_cwd.config import ConfigError, first_line
 from yolo_cwd.method.checkpoint import load_model
@@ -56,10 +56,21 @@ class Lesson(NamedTuple):
         pyramid: Its maps [N, C, H/stride, W/stride], in the order of its taps.
         classes: The logits of the chosen classes [N, classes, H/stride, W/stride] at the first of these maps; empty if
             none have been chosen.
+        stream: The CUDA stream in which the maps are made; None if it is the one in which they are used.
     """
 
     pyramid: list[Tensor]
     classes: list[Tensor]
+    stream: torch.cuda.Stream | None = None
+
+    def wait(self) -> Lesson:
+        """Return itself, once the current stream is told to wait for the maps; the host does not."""
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.stream.device)
+            current.wait_stream(self.stream)
+            for maps in (*self.pyramid, *self.classes):
+                maps.record_stream(current)  # or their memory would go back to the teacher while they are still read
+        return self
 
 
 class Teacher(nn.Module):
@@ -98,6 +109,8 @@ class Teacher(nn.Module):
         self.names: dict[int, str] = dict(getattr(body, "names", {}))
         self.precision = Precision("fp32")
         self._head: tuple[nn.Module | None] = (None,)  # in a tuple, so that it is not part of this module
+        self._compiled: tuple[nn.Module, ...] = ()  # nor is this, the same weights once more
+        self._stream: torch.cuda.Stream | None = None
         if isinstance(body, BaseModel):
             self._head = (body.model[-1],)
             body.model[-1] = _HeadInputs(body.model[-1])
@@ -154,15 +167,24 @@ class Teacher(nn.Module):
         self.body.model[-1].show(shown, [ours[names[i]] for i in known])
         return known
 
-    def settle(self, device: torch.device) -> None:
+    def settle(self, device: torch.device, beside: bool = False) -> None:
         """Move to the device of the training, with the weights in the memory order that is fastest there.
 
         Images are channels-last everywhere, but convolutions on a CPU reorder the weights themselves.
+
+        Args:
+            device: The device.
+            beside: Whether lessons have a CUDA stream of their own from now on, beside the student's forward pass.
         """
         self._head = (None,)
+        self._stream = torch.cuda.Stream(device) if beside else None  # type: ignore[no-untyped-call]
         self.to(device)
         if device.type == "cuda":
             self.to(memory_format=torch.channels_last)
+
+    def speed_up(self, device: torch.device) -> None:
+        """Compile, once the precision is chosen, as Ultralytics' `compile=True` does: it warns where that cannot be."""
+        self._compiled = (attempt_compile(self.body, device),)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the maps [N, C, H/stride, W/stride] of images [N, C, H, W], in its precision.
@@ -176,22 +198,35 @@ class Teacher(nn.Module):
         padding = (0, -width % self._grid, 0, -height % self._grid)
         if any(padding):
             images = F.pad(images, padding, value=LETTERBOX_GRAY)
-        parts = in_parts(self._maps, _parts(images), images.device)
+        split = _parts(images)
+        one_by_one = bool(self._compiled)  # not every release of PyTorch compiles while another thread calculates
+        parts = [*map(self._maps, split)] if one_by_one else in_parts(self._maps, split, images.device)
         maps = parts[0] if len(parts) == 1 else [torch.cat(level) for level in zip(*parts, strict=True)]
         if any(padding):
             maps = [m[..., : height // s, : width // s] for m, s in zip(maps, cycle(self.taps))]
         return maps
 
     def lesson(self, images: Tensor) -> Lesson:
-        """Return its pyramid and its class maps, separately, for images [N, C, H, W] in 0 to 1."""
-        maps = self(images)
-        return Lesson(maps[: len(self.taps)], maps[len(self.taps) :])
+        """Return its pyramid and its class maps, separately, for images [N, C, H, W] in 0 to 1.
+
+        In a stream of its own, if it has one: `wait` for the lesson before its maps are used.
+        """
+        maps = self(images) if self._stream is None else self._beside(self._stream, images)
+        return Lesson(maps[: len(self.taps)], maps[len(self.taps) :], self._stream)
+
+    def _beside(self, stream: torch.cuda.Stream, images: Tensor) -> list[Tensor]:
+        stream.wait_stream(torch.cuda.current_stream(images.device))  # which is still to bring the images
+        images.record_stream(stream)
+        with torch.cuda.stream(stream):
+            maps: list[Tensor] = self(images)
+        return maps
 
     @torch.no_grad()
     def _maps(self, images: Tensor) -> list[Tensor]:
         images = images.to(DTYPES[self.precision.name], memory_format=torch.channels_last)
         with torch.autocast(images.device.type, enabled=False):  # the student's AMP is not the teacher's
-            maps = self.body(images)
+            (network,) = self._compiled or (self.body,)
+            maps = network(images)
         return list(maps.values()) if isinstance(maps, dict) else list(maps)
 
     def calibrate(self, wanted: str, images: Tensor) -> None:

@@ -29,7 +29,7 @@ from yolo_cwd.run.state import RunState, load_state
 from yolo_cwd.tasks import ALL, Task, task_of_student
 
 EXTRA_ARGUMENTS = {"augmentations", "save_dir"}  # training arguments that Ultralytics takes without a default
-REPLACEABLE = {"teacher", "trust_teacher"}  # options that may change when a run resumes
+REPLACEABLE = {"teacher", "trust_teacher", "teacher_forward"}  # options that may change when a run resumes
 
 
 class Request(NamedTuple):

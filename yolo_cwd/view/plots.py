@@ -110,7 +110,7 @@ def look(trainer: Any, images: Tensor) -> list[View]:
     for i in range(len(images)):  # one by one: less memory than a training step
         image = images[i : i + 1].to(trainer.device)
         seen.append([maps.float() for maps in head_inputs(student, image.to(dtype))])
-        taught.append(trainer.teacher.lesson(image).pyramid)
+        taught.append(trainer.teacher.lesson(image).wait().pyramid)
     features, pyramid = ([torch.cat(maps) for maps in zip(*x, strict=True)] for x in (seen, taught))
     views = []
     for level, (ours, theirs) in zip(trainer.levels, criterion.pairs(features, pyramid), strict=True):

@@ -149,6 +149,20 @@ def train(data: str, tmp_path: Path) -> Callable[..., CWDTrainer]:
 
 
 @pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs that `torch.compile` has traced; no machine code is made of them, which would take minutes."""
+    graphs: list[Any] = []
+    compile_, backend = torch.compile, torch._dynamo.lookup_backend("aot_eager")
+
+    def trace(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return backend(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend=trace))
+    return graphs
+
+
+@pytest.fixture
 def train_plain(data: str, tmp_path: Path) -> Callable[..., DetectionTrainer]:
     """Run the same short training with Ultralytics alone."""
 

@@ -283,6 +283,10 @@ BAD_INPUT = {
     "batch that does not divide": (["device=0,1", "batch=3"], "batch=3: does not divide over 2 processes"),
     "absent device": (["device=7"], "CUDA"),
     "bf16 on a CPU": (["amp=bf16"], "amp=bf16: "),
+    "a stream on a CPU": (
+        ["teacher_forward=stream"],
+        "teacher_forward=stream: there are streams on CUDA only, not on device=cpu; use teacher_forward=eager",
+    ),
     "resume": (["resume=absent.pt"], "resume=absent.pt: no such checkpoint"),
     "resume of a run by its name without a teacher": (
         ["resume=True", "name=big", "teacher=None"],

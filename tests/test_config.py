@@ -75,6 +75,7 @@ def test_levels_that_do_not_exist(given: object) -> None:
         ("normalize", 1),
         ("adapter", None),
         ("adapter", "mlp"),
+        ("teacher_forward", "cudagraph"),
         ("teacher", None),
         ("teacher", ""),
         ("teacher", 8),

@@ -99,6 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     others = digits.build(folder / "others", {"train": 4, "val": 1}, seed=1)
     shutil.move(others.parent / "images" / "train", folder / "path" / "to" / "images")
     (folder / "my-settings.yaml").write_text(yaml.safe_dump({"tau": 3.0, "cwd": 50}))
+    shutil.copy(STUDENT, folder / "slim.yaml")
     text = "\n".join(page.read_text(encoding="utf-8") for page in [*SHORT_PAGES, *RECIPES])
     for family, size, task in set(re.findall(r"\b(yolo(?:v8|11|26))([nslmx])((?:-[a-z]+)?)\b(?![.-])", text)):
         model = folder / f"{family}{task}-any.pt"

@@ -164,6 +164,29 @@ def test_the_command_trains_on_a_gpu(data: str, teacher: str, tmp_path: Path) ->
     assert (tmp_path / "run" / "weights" / "best.pt").is_file()
 
 
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "mixed precision"])
+@pytest.mark.parametrize(
+    "more", [{}, {"cwd": "balanced", "adapter": "fitted"}, {"nbs": 8}], ids=["", "balanced", "accumulated"]
+)
+def test_a_stream_of_its_own_for_the_teacher_changes_no_loss(
+    train: Train, teacher: str, amp: bool, more: dict[str, Any]
+) -> None:
+    found: dict[str, list[list[float]]] = {}
+    for forward in ("eager", "stream"):
+        losses: list[list[float]] = []
+        found[forward] = losses
+
+        def read(trainer: CWDTrainer, losses: list[list[float]] = losses) -> None:
+            losses.append([float(value) for value in trainer.loss_items.values()])
+
+        options = {**more, "teacher": teacher, "amp": amp, "teacher_forward": forward, "epochs": 4, "batch": 2}
+        trainer = train(device=DEVICE, **options, callbacks={"on_train_batch_end": read})
+        assert (trainer.teacher._stream is not None) == (forward == "stream")
+    assert len(found["stream"]) == 16
+    for ours, theirs in zip(found["stream"], found["eager"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-2 if amp else 1e-4)
+
+
 def test_memory_is_returned(train: Train, teacher: str, device: torch.device) -> None:
     def left() -> int:
         train(teacher=teacher, device=DEVICE, amp=True)

@@ -68,7 +68,7 @@ def test_demo(
     tmp_path: Path,
     data: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(demo, "TEACHER_SHARE", {"epochs": 1})
@@ -78,13 +78,14 @@ def test_demo(
     monkeypatch.setattr("ultralytics.utils.LOGGER.propagate", True)
     teacher, plain, distilled = demo.run()
     said = [ANSI.sub("", record.getMessage()) for record in caplog.records]
-    assert "demo: training the teacher" in said
+    assert "demo: training the teacher, and beside it the plain student" in said
     assert any(re.fullmatch(r"demo: training the distilled student, about \d+ s left", line) for line in said)
     assert teacher.parameters > 3 * plain.parameters
     assert plain.parameters == distilled.parameters
     assert plain.gflops == distilled.gflops
     assert distilled.weights.exists()
-    shown = capsys.readouterr().out
+    shown = capfd.readouterr().out
+    assert "demo/student" not in shown.replace(str(tmp_path / "demo" / "student.yaml"), "")  # trains unheard
     assert f"The distilled student's weights: {distilled.weights}" in shown
     gain = 100 * (distilled.map50_95 - plain.map50_95)
     assert f"{gain:+.1f} points of mAP50-95" in shown

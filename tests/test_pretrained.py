@@ -20,7 +20,6 @@ from yolo_cwd.run.state import FILE, load_state
 
 PRETRAINED = Path(__file__).parents[2] / "shared" / "data" / "pretrained"
 Train = Callable[..., CWDTrainer]
-compile_ = torch.compile
 
 
 @pytest.fixture
@@ -64,10 +63,8 @@ def test_distillation_gets_its_share_of_the_gradient(train: Train, student: str,
 
 
 def test_a_compiled_step_has_the_weights_of_an_eager_one(
-    train: Train, student: str, teacher: DetectionModel, monkeypatch: pytest.MonkeyPatch
+    train: Train, student: str, teacher: DetectionModel, traced: list[Any]
 ) -> None:
-    """What is traced is what counts, not the machine code that Inductor would make of it in minutes."""
-    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend="aot_eager"))
     options = {"model": student, "teacher": teacher, "cwd": "balanced", "adapter": "fitted", "lr0": 1e-7}
     runs = [train(**options, compile=on) for on in (False, True)]
     assert [hasattr(run.model, "_orig_mod") for run in runs] == [False, True]

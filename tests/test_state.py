@@ -166,6 +166,16 @@ def test_a_teacher_can_be_replaced_but_must_fit(train: Train, tmp_path: Path, ch
     assert resume(last, teacher=str(checkpoints / "small.pt"), tau=3.0).cwd.tau == 1  # a run keeps its options
 
 
+def test_a_run_keeps_the_way_of_its_teacher_unless_it_is_given_another(train: Train, tmp_path: Path) -> None:
+    last = interrupted(train, tmp_path, 1, epochs=2)
+    state = load_state(last)
+    state.options["teacher_forward"] = "stream"
+    state.save(last.parent)
+    with pytest.raises(ConfigError, match=r"teacher_forward=stream: .*not on device=cpu; use teacher_forward=eager"):
+        resume(last)
+    assert resume(last, teacher_forward="eager").epoch == 1
+
+
 def _other_levels() -> str:
     model = {
         "nc": 3,

@@ -1,14 +1,17 @@
 """The frozen teacher: without its head, faithful in every precision, and refused where it cannot be used."""
 
+import gc
 import math
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import STUDENT, Payload, narrow
+from conftest import STUDENT, TEACHER, Payload, narrow
 from torch import nn
 from torch.nn.utils import prune
 from ultralytics import YOLO
@@ -20,8 +23,12 @@ from yolo_cwd.config import ConfigError
 from yolo_cwd.method import parallel
 from yolo_cwd.method import teacher as teacher_module
 from yolo_cwd.method.teacher import Precision, Teacher, load_teacher
+from yolo_cwd.trainer import CWDTrainer
+from yolo_cwd.view.plots import look
+from yolo_cwd.view.report import read_rows
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+Train = Callable[..., CWDTrainer]
 
 
 def head_inputs(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
@@ -313,6 +320,118 @@ def test_two_maps_of_one_stride_are_refused() -> None:
     model.finer = nn.Identity()
     with pytest.raises(ConfigError, match="teacher=Backbone: has two maps of stride 16; give a model with one map a"):
         load_teacher(model)
+
+
+def test_a_compiled_teacher_shows_the_same(traced: list[Any]) -> None:
+    teacher = load_teacher(TEACHER)
+    expected, names = teacher(IMAGES), list(teacher.state_dict())
+    teacher.speed_up(IMAGES.device)
+    torch.testing.assert_close(teacher(IMAGES), expected, rtol=0, atol=1e-5)
+    assert len(traced) == 1, "the whole body in one graph"
+    assert list(teacher.state_dict()) == names
+
+
+def test_a_compiled_teacher_takes_batches_and_images_of_any_size(
+    traced: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its precision, padded, in parts, and no two of them at once."""
+    teacher = load_teacher(Backbone())
+    teacher.calibrate("bf16", IMAGES)
+    batches = [torch.rand(count, 3, size, size) for count, size in ((4, 64), (3, 64), (1, 96), (5, 80), (4, 64))]
+    expected = [teacher(images) for images in batches]
+    teacher.speed_up(IMAGES.device)
+    monkeypatch.setattr(teacher_module, "PART_PIXELS", 2 * 64 * 64)
+    for module in (parallel, teacher_module):
+        monkeypatch.setattr(module, "cores", lambda device: 2)
+    monkeypatch.setattr(parallel, "_helpers", lambda count: pytest.fail("another thread may be compiling"))
+    for images, maps in zip(batches, expected, strict=True):
+        torch.testing.assert_close(teacher(images), maps, rtol=0, atol=1e-5)
+    assert traced
+    assert maps[0].dtype is torch.bfloat16
+
+
+def losses(trainer: CWDTrainer) -> list[dict[str, float]]:
+    """The losses of every epoch by their columns."""
+    rows = read_rows(trainer.csv)
+    return [{name: value for name, value in row.items() if name.startswith("train/")} for row in rows]
+
+
+def test_a_training_under_a_compiled_teacher_is_the_same_and_leaves_nothing(train: Train, traced: list[Any]) -> None:
+    options = {"teacher": Backbone(), "cwd": "balanced", "adapter": "fitted", "batch": 3, "epochs": 2}
+    eager = losses(train(**options))
+    assert not traced
+    trainer = train(**options, teacher_forward="compile")
+    assert traced
+    for ours, theirs in zip(losses(trainer), eager, strict=True):
+        assert ours["train/cwd_loss"] > 0
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    body = weakref.ref(trainer.teacher.body)
+    del trainer
+    gc.unfreeze()
+    gc.collect()
+    assert body() is None
+
+
+class Stream:
+    """Stands in for a CUDA stream, and notes what happens in which order."""
+
+    device = torch.device("cpu")
+    current: "Stream"
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        before, Stream.current = Stream.current, self
+        yield
+        Stream.current = before
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens where there are streams: the student's, which is the current one, and one for the teacher."""
+    log: list[str] = []
+    monkeypatch.setattr(Stream, "current", Stream("student", log), raising=False)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("teacher", log))
+    monkeypatch.setattr(torch.cuda, "stream", Stream.begun)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream.current)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, s: log.append(f"{s.name} keeps {t.shape[1]} channels"))
+    monkeypatch.setattr("yolo_cwd.method.trainer.require_streams", lambda forward, device: None)
+    return log
+
+
+def test_a_teacher_in_a_stream_of_its_own(train: Train, streams: list[str]) -> None:
+    """It waits for the images, the student does not wait for it, and the comparison does."""
+
+    def watch(trainer: CWDTrainer) -> None:
+        def note(what: str) -> None:
+            streams.append(f"{what} in the {Stream.current.name}'s")
+
+        def compare(*maps: Any) -> Any:
+            note("comparison")
+            return divergences(*maps)
+
+        streams.clear()
+        divergences, trainer.criterion.divergences = trainer.criterion.divergences, compare
+        trainer.teacher.register_forward_pre_hook(lambda *_: note("lesson"))
+        trainer.model.model[0].register_forward_pre_hook(
+            lambda layer, images: note("forward") if layer.training else None
+        )
+
+    eager = losses(train())
+    trainer = train(teacher_forward="stream", callbacks={"on_train_start": watch})
+    assert losses(trainer) == eager
+    step = ["teacher waits for student", "teacher keeps 3 channels", "lesson in the teacher's"]
+    step += ["forward in the student's"]
+    received = ["student waits for teacher", *(f"student keeps {channels} channels" for channels in (32, 64, 128))]
+    assert streams == 2 * [*step, *received, "comparison in the student's"]
+    streams.clear()
+    look(trainer, IMAGES[:1])
+    assert streams == [*step[:3], *received]
 
 
 class CustomDetector(DetectionModel):

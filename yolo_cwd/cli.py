@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The command `yolo_cwd`: it reads key=value arguments as `yolo` does, and delegates."""
+"""The command `yolo_cwd`: reads key=value arguments as `yolo` does, and delegates."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from yolo_cwd import __version__
 from yolo_cwd.config import OPTIONS, ConfigError, first_line, merge, read_cfg
 
 HELP = """\
-yolo_cwd: a small YOLO detector learns from a larger one while it trains (channel-wise distillation)
+yolo_cwd: a small YOLO learns from a larger one while it trains (channel-wise distillation)
 
   yolo_cwd train teacher=yolov8l student=yolov8n data=coco8.yaml epochs=100 imgsz=640
-                       train the student; all arguments of 'yolo train' work as there
+                       train the student; every argument of 'yolo train' works here too
   yolo_cwd train resume model=runs/detect/train/weights/last.pt
-                       go on after an interruption
+                       resume after an interruption
   yolo_cwd check teacher=best.pt student=yolov8n.pt data=my.yaml imgsz=640
-                       what is distilled, what a step costs, and is this teacher worth it? (format=json)
+                       see what is distilled, what a step costs, and whether this teacher is worth it (format=json)
   yolo_cwd compare teacher=best.pt student=yolov8n.yaml data=my.yaml epochs=100 seeds=3 arms=plain,cwd,builtin
-                       did it help, and by how much beyond luck?
+                       find out whether it helped, and by how much beyond luck
   yolo_cwd label teacher=best.pt source=path/to/images
-                       what the teacher sees in images without labels, as 'train unlabeled=path/to/images' learns it
-  yolo_cwd demo        teacher, plain and distilled student on handwritten digits, in minutes on a CPU
-  yolo_cwd settings    the options of distillation, their defaults and meaning
-  yolo_cwd help train  more about training; so do 'help check' and 'help compare'
-  yolo_cwd version     the version
+                       label images with the teacher, to see the labels that 'train unlabeled=path/to/images' uses
+  yolo_cwd demo        train a teacher, a plain and a distilled student on handwritten digits, in minutes on a CPU
+  yolo_cwd settings    list the options of distillation, with default and meaning
+  yolo_cwd help train  show more about training; likewise 'help check' and 'help compare'
+  yolo_cwd version     print the version
 
-The trained student is a plain Ultralytics model: go on with 'yolo val', 'yolo predict' and 'yolo export'."""
+The trained student is a plain Ultralytics model: use it with 'yolo val', 'yolo predict' and 'yolo export'."""
 
 HELP_TRAIN = """\
 yolo_cwd train teacher=MODEL student=MODEL data=DATA [option=value ...] [argument=value ...]
 
-  MODEL     a name (yolov8n: the checkpoint yolov8n.pt, downloaded where Ultralytics knows it), the path of a .pt
-            checkpoint, or a .yaml model; teacher and student may be of different families
+  MODEL     a name (yolov8n means yolov8n.pt, downloaded if Ultralytics knows it), the path of a .pt checkpoint, or a
+            .yaml model; teacher and student may be of different families
   DATA      the YAML file of a data set, or 'digits' for the handwritten digits that come with yolo_cwd
   option    an option of distillation: see 'yolo_cwd settings'
-  argument  any training argument of Ultralytics: see 'yolo cfg'; cfg=file.yaml reads both kinds from a file
+  argument  any training argument of Ultralytics: see 'yolo cfg'; cfg=file.yaml reads options and arguments from a file
 
 Examples:
   yolo_cwd train teacher=yolov8l student=yolov8n data=coco8.yaml epochs=100 imgsz=640
@@ -55,11 +55,12 @@ HELP_CHECK = """\
 yolo_cwd check teacher=MODEL student=MODEL [data=DATA] [format=FORMAT] [option=value ...] [argument=value ...]
 
   MODEL, DATA, option, argument
-            as in 'yolo_cwd train', whose training is set up; without data the steps are taken on the embedded digits
+            as in 'yolo_cwd train'; without data, the steps run on the embedded digits
   format    table (default), or json: the findings alone on stdout, for machines
 
-It prints what is distilled, what a step and its memory cost beside a plain one, the mAP50-95 of teacher and student
-where they know the classes of the data, and a verdict. It leaves nothing behind.
+The check sets up the training and runs a few steps. It prints what is distilled, the time and memory of a step beside
+those of a plain one, the scores of teacher and student if they know the classes of the data, and a verdict. It leaves
+nothing behind but the label cache that Ultralytics keeps beside the labels.
 
 Examples:
   yolo_cwd check teacher=best.pt student=yolov8n.pt data=my.yaml imgsz=640 batch=16
@@ -69,15 +70,15 @@ HELP_COMPARE = """\
 yolo_cwd compare teacher=MODEL student=MODEL data=DATA [arms=ARMS] [seeds=SEEDS] [split=SPLIT] [folder=FOLDER] [...]
 
   MODEL, DATA
-            as in 'yolo_cwd train'; so are all other arguments and options: they hold for every arm
-  arms      what is compared (default plain,cwd,builtin): plain is Ultralytics alone, cwd is distilled, builtin is
-            Ultralytics' distill_model; an arm may have options of its own (plain,cwd:tau=2,cwd=20), or come from a YAML
-            file that maps names to option sets with method, teacher, student and against
-  seeds     a number of seeds (default 3), or the seeds themselves: seeds=5,6,7
-  split     the images that the finished models are scored on: val (default), test or train
+            as in 'yolo_cwd train'; all other arguments and options work as there too, and apply to every arm
+  arms      what to compare (default plain,cwd,builtin): plain is Ultralytics alone, cwd is distilled, builtin is
+            Ultralytics' distill_model; give an arm options of its own (plain,cwd:tau=2,cwd=20), or name a YAML file
+            that maps names to options, and to method, teacher, student and against
+  seeds     the number of seeds (default 3), or the seeds themselves: seeds=5,6,7
+  split     the images to score the finished models on: val (default), test or train
   folder    where everything goes (default runs/detect/compare)
 
-The same command again goes on where it stopped; other arms and seeds are added to what is there.
+Repeat the command to resume an interrupted comparison, or with other arms or seeds to add them.
 
 Examples:
   yolo_cwd compare teacher=best.pt student=yolov8n.yaml data=my.yaml epochs=100 seeds=3
@@ -95,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 if another process of the training is lost, 2 for input that cannot be used, 130 after an
-        interrupt, 143 after SIGTERM.
+        The exit code: 0 on success, 1 if another process of the training is lost, 2 for input that cannot be used, 130
+        after an interrupt, 143 after SIGTERM.
     """
     commands = {
         "train": train,
@@ -134,7 +135,7 @@ def _first_here() -> bool:
 
 
 def _complain(reason: object) -> None:
-    if not _first_here():  # torchrun ends all when one ends: the first says it, if it fails too
+    if not _first_here():  # torchrun ends all processes when one ends: let the first say why, if it fails too
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     print(f"yolo_cwd: {reason}", file=sys.stderr)
@@ -149,7 +150,7 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 def command_of(typed: Sequence[str], commands: Collection[str]) -> tuple[str, list[str]]:
-    """Return the command and its arguments, which may stand in any order, as in `yolo`.
+    """Return the command and its arguments, which may come in any order, as in `yolo`.
 
     Args:
         typed: What was typed.
@@ -183,7 +184,7 @@ def _beside_equals(words: Sequence[str], i: int) -> bool:
 
 
 def help_(words: list[str]) -> None:
-    """Print the help, or that of a command."""
+    """Print the general help, or the help for a command."""
     print(HELPS.get(words[0], HELP) if words else HELP)
 
 
@@ -193,7 +194,7 @@ def version(words: list[str]) -> None:
 
 
 def settings(words: list[str]) -> None:
-    """Print the options of distillation: name, default, meaning."""
+    """Print the options of distillation: name, default and meaning."""
     shown = {name: "" if option.default is None else str(option.default).lower() for name, option in OPTIONS.items()}
     widths = max(map(len, shown)), max(map(len, shown.values()))
     for name, option in OPTIONS.items():
@@ -242,7 +243,7 @@ def train(words: list[str]) -> None:
 
 
 def _resume(trainer: Any) -> str:
-    """Return how to go on with a training; nothing if it has no complete epoch."""
+    """Return how to resume a training, or nothing if it has no complete epoch."""
     from yolo_cwd.run.state import FILE
 
     resumable = trainer is not None and trainer.last.exists() and (trainer.wdir / FILE).exists()
@@ -254,7 +255,7 @@ def _with_remedy(interrupt: KeyboardInterrupt, remedy: str) -> KeyboardInterrupt
 
 
 def check(words: list[str]) -> None:
-    """Examine a training before it is begun."""
+    """Examine a training before it starts."""
     arguments = parse(words)
     from yolo_cwd.study.check import run
 
@@ -287,7 +288,7 @@ def compare(words: list[str]) -> None:
 
 
 def parse(words: list[str]) -> dict[str, Any]:
-    """Return the arguments of `key=value` words, with a file named by `cfg` read in below them.
+    """Return the arguments of `key=value` words; they take precedence over a file that `cfg` names.
 
     Raises:
         ConfigError: If a word is no argument, or the file cannot be read.

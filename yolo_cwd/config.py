@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The options of channel-wise distillation: their defaults, their meaning and their checks.
+"""The options of channel-wise distillation: their defaults, meanings and checks.
 
-Nothing here imports torch, so that the command answers `help` and `settings` at once.
+Nothing here imports torch, so that `help` and `settings` answer at once.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ import yaml
 
 SCHEDULES = ("constant", "linear", "cosine")
 ADAPTERS = ("fitted", "conv", "identity")
-BALANCED, AUTO = "balanced", "auto"  # values of cwd and of class_share beside numbers
+BALANCED, AUTO = "balanced", "auto"  # what cwd and class_share may be instead of a number
 WEIGHT_COLUMN = "train/cwd_weight"  # of results.csv: the overall weight
-LONGEST, REMEDY = 299, 190  # characters of a message, and of its end that is kept
+LONGEST, REMEDY = 299, 190  # the most characters of a message, and how many of its end are always kept
 SYNONYMS = {"student", "model"}
 POOL_CLASSES = ("all", "known")
 TEACHER_DTYPES = ("auto", "fp32", "bf16", "fp16")
+TEACHER_FORWARDS = ("eager", "stream", "compile")
 
 
 class ConfigError(ValueError):
     """Input that cannot be used; its message is one line that names the argument, the value and the remedy.
 
-    Whatever the value is, the line has fewer than 300 characters: what is too long is cut out of its middle, since the
-    argument stands at the beginning and the remedy at the end.
+    The line always has fewer than 300 characters. A longer one loses its middle, since it begins with the argument and
+    ends with the remedy.
     """
 
     def __init__(self, message: object = "") -> None:
-        """Make one line of a message."""
+        """Turn a message into one line."""
         line = " ".join(str(message).split())
         if len(line) > LONGEST:
             line = f"{line[: LONGEST - REMEDY - 5].rstrip()} ... {line[-REMEDY:].lstrip()}"
@@ -42,13 +43,13 @@ class ConfigError(ValueError):
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """Return names with commas between them, the first so many at most, and how many more there are."""
+    """Return names separated by commas; after the first `most`, say how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message as plain text, or its class where it has none."""
+    """Return the first line of an error's message as plain text, or the error's class if it has no message."""
     return (_plain_lines(error) or [type(error).__name__])[0].rstrip(".;")
 
 
@@ -66,7 +67,7 @@ def unusable_model(argument: str, error: BaseException, remedy: str) -> ConfigEr
     """Return the error to raise for a model that cannot be loaded.
 
     Args:
-        argument: What the user named it by (`teacher=yolov8l.pt`): Ultralytics tells of names that it makes of it.
+        argument: The argument as the user gave it (`teacher=yolov8l.pt`); Ultralytics' messages may name another file.
         error: What was raised.
         remedy: What to do.
     """
@@ -78,7 +79,7 @@ def _is_missing(error: BaseException) -> bool:
 
 
 def _plain_lines(error: BaseException) -> list[str]:
-    """Return the lines of a message without colours, pictures, addresses and the name of the split before it."""
+    """Return the lines of a message without colours, emoji, links and a leading name of a split."""
     cause: BaseException | None = error
     while cause is not None:
         if mark := getattr(cause, "problem_mark", None):
@@ -96,7 +97,7 @@ def _plain_lines(error: BaseException) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the numbers of the command line: `1e2` is one, which YAML 1.1 takes for text."""
+    """YAML that reads numbers as the command line does: in YAML 1.1, `1e2` would be text."""
 
 
 _Loader.add_implicit_resolver(
@@ -134,7 +135,7 @@ def read_cfg(file: str | Path) -> dict[str, Any]:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return two layers of arguments as one; those above win, by whichever of its names one is given."""
+    """Merge two layers of arguments; the upper one wins, even where the two use different names for one argument."""
     hidden = SYNONYMS if any(above.get(name) for name in SYNONYMS) else set()
     return {**{name: value for name, value in below.items() if name not in hidden}, **above}
 
@@ -149,7 +150,7 @@ class Option(NamedTuple):
 
 def _default_file() -> Path:
     package = Path(__file__).parent
-    packed = package / "cfg" / "default.yaml"  # a wheel carries cfg/ inside the package, a checkout beside it
+    packed = package / "cfg" / "default.yaml"  # a wheel has cfg/ inside the package, a checkout beside it
     return packed if packed.exists() else package.parent / "cfg" / "default.yaml"
 
 
@@ -164,27 +165,28 @@ OPTIONS = _read_options()
 
 @dataclass(frozen=True)
 class Settings:
-    """Checked options of one training; `cfg/default.yaml` holds the meaning and the default of each.
+    """The checked options of one training; `cfg/default.yaml` has the meaning and the default of each.
 
     Attributes:
         teacher: Path of the model to learn from, with its suffix, or the model itself.
         cwd: `BALANCED`, or a fixed overall weight, at least 0.
-        share: Gradient of a level's divergence beside the task's own under the balanced rule, at least 0.
+        share: Gradient of a level's divergence relative to the task's own under the balanced rule, at least 0.
         class_share: The same for the class maps of the head, under any rule.
         tau: Temperature of the softmax, above 0.
-        levels: Strides to distil, ascending, or None for every level that teacher and student share.
+        levels: Strides to distil, in ascending order, or None for every level that teacher and student share.
         level_weights: One weight for all levels, or one for each of them, finest first; each at least 0.
         schedule: One of `SCHEDULES`.
         cwd_final: Fraction of `cwd` left in the last epoch of a falling schedule, 0 to 1.
-        cwd_warmup: Epochs of linear rise, at least 0.
+        cwd_warmup: Epochs over which the weight rises linearly, at least 0.
         normalize: Whether both sides are standardized per channel before the softmax.
         adapter: One of `ADAPTERS`.
         teacher_dtype: One of `TEACHER_DTYPES`.
-        cwd_every: Distil every so many batches, at least 1.
-        trust_teacher: Whether the teacher's checkpoint may run code of its author's while it is loaded.
+        teacher_forward: One of `TEACHER_FORWARDS`.
+        cwd_every: Distil only every n-th batch, at least 1.
+        trust_teacher: Whether the teacher's checkpoint may run its author's code while it is loaded.
         unlabeled: Absolute paths of images for the teacher to label: folders, globs, lists or images.
-        pool_conf: Confidence of an object from which on it is a label.
-        pool_unsure: Confidence below that, from which on an object is painted over; `pool_conf` for none.
+        pool_conf: Lowest confidence of an object that becomes a label.
+        pool_unsure: Lowest confidence of an object that is painted over; equal to `pool_conf` to paint none.
         pool_ratio: The most unlabelled images for each labelled one, above 0; None for all of them.
         pool_classes: One of `POOL_CLASSES`.
         complete_labels: Whether the teacher's objects of unlabelled classes join the labels of the training images.
@@ -203,6 +205,7 @@ class Settings:
     normalize: bool
     adapter: str
     teacher_dtype: str
+    teacher_forward: str
     cwd_every: int
     trust_teacher: bool
     unlabeled: tuple[str, ...]
@@ -217,7 +220,7 @@ class Settings:
         """Check the given options and fill in the defaults of the others.
 
         Args:
-            given: Options by name, with values as Python or the command line give them.
+            given: Options by name, with values from Python or from the command line.
 
         Raises:
             ConfigError: If a value is missing, of the wrong type or out of range.
@@ -239,6 +242,7 @@ class Settings:
             normalize=_choice("normalize", value["normalize"], (True, False)),
             adapter=_choice("adapter", value["adapter"], ADAPTERS),
             teacher_dtype=_choice("teacher_dtype", value["teacher_dtype"], TEACHER_DTYPES),
+            teacher_forward=_choice("teacher_forward", value["teacher_forward"], TEACHER_FORWARDS),
             cwd_every=_count("cwd_every", value["cwd_every"]),
             trust_teacher=_choice("trust_teacher", value["trust_teacher"], (True, False)),
             unlabeled=_paths("unlabeled", value["unlabeled"]),
@@ -258,7 +262,7 @@ class Settings:
 
     @property
     def strength(self) -> float:
-        """The overall weight at its full height; 1 under the balanced rule, where levels have shares of their own."""
+        """The overall weight at its peak; 1 under the balanced rule, where each level has its own share."""
         return 1.0 if self.balanced else float(self.cwd)
 
     @property
@@ -292,17 +296,17 @@ class Settings:
 
 
 def split_options(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return our options and the other arguments, which are Ultralytics', of a mixed set."""
+    """Split arguments into our options and the rest, which are Ultralytics'."""
     ours = {name: value for name, value in arguments.items() if name in OPTIONS}
     return ours, {name: value for name, value in arguments.items() if name not in OPTIONS}
 
 
 def check_names(arguments: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse arguments that neither we nor Ultralytics know.
+    """Refuse arguments that neither yolo_cwd nor Ultralytics knows.
 
     Args:
-        arguments: Arguments that are none of our options.
-        known: The names Ultralytics takes.
+        arguments: Arguments other than our options.
+        known: The names that Ultralytics accepts.
 
     Raises:
         ConfigError: For the first unknown one, with the nearest known name.
@@ -320,12 +324,12 @@ def level_name(stride: int) -> str:
 
 
 def with_suffix(model: str) -> str:
-    """Return a model's name with the suffix of a checkpoint where it has none: yolov8l becomes yolov8l.pt."""
+    """Return a model's name, with `.pt` added if it has no suffix: yolov8l becomes yolov8l.pt."""
     return model if Path(model).suffix else f"{model}.pt"
 
 
 def model_path(argument: str, value: str | Path) -> str:
-    """Return the path that names a model, with its suffix and the user's home filled in.
+    """Return the path of a model, with its suffix and the user's home filled in.
 
     Raises:
         ConfigError: If it is a folder.
@@ -370,7 +374,7 @@ def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
 
 
 def _paths(name: str, value: Any) -> tuple[str, ...]:
-    """Return paths as absolute ones; a text is one path, or several with commas between them."""
+    """Return absolute paths; a string holds one path, or several separated by commas."""
     if isinstance(value, str | Path):
         value = [value] if Path(value).exists() else str(value).split(",")
     paths = () if value is None else value

@@ -4,8 +4,8 @@
 The scans are the 1,797 of the UCI "Optical Recognition of Handwritten Digits" test set (E. Alpaydin and C. Kaynak),
 8x8 pixels in 17 shades, which scikit-learn ships. Digits are 10 to 90 pixels high, so that P3, P4 and P5 all have work.
 
-The pictures are the same for every task, only the labels differ. `compose` makes a picture and tells what is in it, and
-a small function for each task makes labels of that.
+The pictures are the same for every task; only the labels differ. `compose` makes a picture and says what is in it. A
+small function for each task turns that into labels.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ import yaml
 from yolo_cwd.config import ConfigError
 
 NAME = "digits"
-VERSION = 1  # part of the folder's name: raise it with every change of what is built
+VERSION = 1  # part of the folder's name: raise it whenever what is built changes
 SIZE = 128  # pixels, both sides of an image
 IMAGES = {"train": 1600, "val": 300}
 SEED = 0
 VAL_SHARE = 5  # every fifth scan of a class is for validation only
-INK = 0.25  # where a scan is darker, there is ink
+INK = 0.25  # a scan has ink where it is darker than this
 CLASSES = {number: str(number) for number in range(10)}
-BACKGROUND = len(CLASSES)  # of class maps: the class after the last digit, where Ultralytics has it with polygons too
+BACKGROUND = len(CLASSES)  # in class maps: the class after the last digit, as Ultralytics has it for polygons
 KEY_POINTS = {"top_left": (-1, -1), "top_right": (1, -1), "bottom_right": (1, 1), "bottom_left": (-1, 1)}
 FLIPPED = [1, 0, 3, 2]  # which key point each of them becomes in a mirrored image
 FAR = 20.0  # metres to the background
-METRES = 100.0  # distance of a digit one pixel high: as digits of one size look, 90 pixels are near and 10 are far
+METRES = 100.0  # distance of a digit one pixel high: as if all had one real size, so that large ones are near
 
 Array = npt.NDArray[Any]
 
@@ -48,8 +48,8 @@ class Digit(NamedTuple):
         number: Its class.
         x: Left side of its box, in pixels.
         y: Top of its box, in pixels.
-        ink: Where in its box there is ink, [h, w] bool; what later digits cover is in it.
-        tilt: The angle by which it is turned counter-clockwise, in degrees.
+        ink: Where in its box there is ink, [h, w] bool, including what later digits cover.
+        tilt: Its counter-clockwise rotation, in degrees.
     """
 
     number: int
@@ -62,19 +62,19 @@ class Digit(NamedTuple):
 def build(
     root: Path | None = None, images: dict[str, int] | None = None, seed: int = SEED, task: str = "detect"
 ) -> Path:
-    """Build the data set unless it is there, and return the path of its YAML file.
+    """Build the data set unless it exists, and return the path of its YAML file.
 
-    It is built under another name and renamed when complete, so that a killed build leaves nothing that looks like a
-    data set, and two at once do not disturb each other.
+    It is built under another name and renamed when complete. So a killed build leaves nothing that looks like a data
+    set, and two builds at once do not disturb each other.
 
     Args:
         root: Folder to build in; by default the user's cache folder.
         images: Number of images by split.
         seed: The same seed gives the same images, bit for bit, with the same OpenCV.
-        task: Task of Ultralytics that the labels are for, one of `TASKS`; the images are the same for all of them.
+        task: The task that the labels are for, one of `TASKS`; the images are the same for all of them.
 
     Raises:
-        ConfigError: If there are no labels for the task; it is a `ValueError`.
+        ConfigError: If there are no labels for the task. It is a `ValueError`.
     """
     if task not in TASKS:
         raise ConfigError(f"task={task}: data={NAME} is for {', '.join(TASKS)}; use one of these or other data")
@@ -97,7 +97,7 @@ def build(
 
 
 def resolve(data: Any, task: str = "detect") -> Any:
-    """Return the argument `data` as it is, but for `digits` the path of the task's data set, built where needed.
+    """Return the argument `data` unchanged, or for `digits` the path of the task's data set, built if needed.
 
     Raises:
         ConfigError: If `digits` has no labels for the task.
@@ -106,7 +106,7 @@ def resolve(data: Any, task: str = "detect") -> Any:
 
 
 def cache_folder() -> Path:
-    """Return the folder of the user for what can be made again."""
+    """Return the user's cache folder, for files that can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yolo_cwd"
 
 
@@ -126,7 +126,7 @@ def _write(folder: Path, final: Path, images: dict[str, int], seed: int, task: s
 
 
 def _write_labels(stem: Path, digits: list[Digit], task: str) -> None:
-    """Write the labels of one image: a map, or a line a digit."""
+    """Write the labels of one image: a map, or one line per digit."""
     if task == "semantic":
         cv2.imwrite(f"{stem}.png", class_map(digits))
     elif task == "depth":
@@ -137,7 +137,7 @@ def _write_labels(stem: Path, digits: list[Digit], task: str) -> None:
 
 
 def _description(task: str) -> dict[str, Any]:
-    """Return what the YAML file tells of the labels."""
+    """Return what the YAML file says about the labels."""
     if task == "semantic":
         return {"names": {**CLASSES, BACKGROUND: "background"}, "masks_dir": LABEL_FOLDERS[task]}
     if task == "depth":
@@ -150,7 +150,7 @@ def _description(task: str) -> dict[str, Any]:
 
 
 def scans_by_split() -> dict[str, list[tuple[int, Array]]]:
-    """Return (digit, scan) pairs by split; a scan is [8, 8] with ink from 0 to 1, and no scan is in both splits."""
+    """Return (digit, scan) pairs by split. A scan is [8, 8] with ink from 0 to 1; no scan is in both splits."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -167,7 +167,7 @@ def compose(scans: list[tuple[int, Array]], rng: np.random.Generator) -> tuple[A
 
     Args:
         scans: (digit, scan) pairs to draw from.
-        rng: Source of all that is random.
+        rng: Source of all randomness.
 
     Returns:
         The image, [SIZE, SIZE, 3] uint8, and its digits in the order in which they were drawn, large ones first.
@@ -206,7 +206,7 @@ def _background(rng: np.random.Generator) -> Array:
 
 
 def _render(scan: Array, height: float, rng: np.random.Generator) -> tuple[Array, float]:
-    """Return a scan's ink, 0 to 1, at about the given height in pixels, tilted, and cut to its box; and the tilt."""
+    """Return a scan's ink (0 to 1), scaled to about the given height in pixels, tilted and cropped; and the tilt."""
     scale = height / 8
     width = max(round(8 * scale * rng.uniform(0.8, 1.2)), 6)
     large = cv2.resize(scan, (width, max(round(8 * scale), 6)), interpolation=cv2.INTER_CUBIC)
@@ -220,7 +220,7 @@ def _render(scan: Array, height: float, rng: np.random.Generator) -> tuple[Array
 
 
 def _place(shape: tuple[int, ...], covered: Array, rng: np.random.Generator) -> tuple[int, int] | None:
-    """Return a corner where at most a fifth of the box is covered already, or None after ten tries."""
+    """Return a corner at which at most a fifth of the box is already covered, or None after ten tries."""
     h, w = shape
     if h > SIZE or w > SIZE:
         return None
@@ -249,8 +249,8 @@ def box(digit: Digit) -> Array:
 def outline(digit: Digit) -> Array:
     """Return the outline of a digit's ink as one polygon, [K, 2] fractions of SIZE.
 
-    Its parts and its holes are joined by cuts there and back. Ultralytics fills by the even-odd rule, which leaves the
-    holes open. It is traced at four times the size, so that it runs along the edges of the pixels.
+    Cuts there and back join its parts and its holes. Ultralytics fills by the even-odd rule, which leaves the holes
+    open. The outline is traced at four times the size, so that it follows the edges of the pixels.
     """
     fine = digit.ink.astype(np.uint8).repeat(4, axis=0).repeat(4, axis=1)
     contours, _ = cv2.findContours(fine, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
@@ -266,14 +266,14 @@ def outline(digit: Digit) -> Array:
 def oriented_box(digit: Digit) -> Array:
     """Return the corners of the smallest box at any angle around a digit's ink, [4, 2] fractions of SIZE.
 
-    They may be outside the image where the digit is at its edge.
+    They may lie outside the image if the digit is at its edge.
     """
     corners: Array = cv2.boxPoints(cv2.minAreaRect(outline(digit).astype(np.float32)))
     return corners
 
 
 def key_points(digit: Digit) -> Array:
-    """Return the outermost ink towards each corner of the digit as it is without tilt, [4, 2] fractions of SIZE."""
+    """Return the outermost ink towards each corner of the untilted digit, [4, 2] fractions of SIZE."""
     ink = np.argwhere(digit.ink)[:, ::-1]  # [K, 2]: x and y of every pixel with ink
     upright = ink @ cv2.getRotationMatrix2D((0, 0), -digit.tilt, 1)[:, :2].T
     upright /= np.ptp(upright, axis=0) + 1  # so that width and height count alike
@@ -288,26 +288,26 @@ def class_map(digits: list[Digit]) -> Array:
 
 
 def depth_map(digits: list[Digit]) -> Array:
-    """Return the distance of each pixel in metres, [SIZE, SIZE] float16: the larger a digit the nearer.
+    """Return the distance of each pixel in metres, [SIZE, SIZE] float16: the larger a digit, the nearer.
 
-    As an array, because older releases of Ultralytics read no PNG of it.
+    It is stored as an array because older releases of Ultralytics do not read depth from PNG.
     """
     return _paint(np.full((SIZE, SIZE), FAR, np.float16), digits, lambda digit: METRES / len(digit.ink))
 
 
 def _paint(canvas: Array, digits: list[Digit], value: Callable[[Digit], float]) -> Array:
-    """Put a value where each digit has ink, later ones over earlier ones as in the image."""
+    """Set a value where each digit has ink, with later digits over earlier ones, as in the image."""
     for digit in digits:
         h, w = digit.ink.shape
         canvas[digit.y : digit.y + h, digit.x : digit.x + w][digit.ink] = value(digit)
     return canvas
 
 
-ROWS: dict[str, Callable[[Digit], Array]] = {  # what a line of a label file has after the class
+ROWS: dict[str, Callable[[Digit], Array]] = {  # what follows the class in a line of a label file
     "detect": box,
     "segment": outline,
     "obb": oriented_box,
     "pose": lambda digit: np.append(box(digit), key_points(digit)),
 }
-LABEL_FOLDERS = {"semantic": "masks", "depth": "depth"}  # tasks that have a map beside each image
+LABEL_FOLDERS = {"semantic": "masks", "depth": "depth"}  # tasks whose labels are one map per image
 TASKS = (*ROWS, *LABEL_FOLDERS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The dense tasks of Ultralytics: the trainer of each, and the scores by which its models are judged."""
+"""The dense tasks of Ultralytics, with the trainer for each and the scores that judge its models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ultralytics.utils import LOGGER, colorstr
 
 from yolo_cwd.config import ConfigError
 
-OTHER_TRAINERS = {  # heads whose models Ultralytics trains by another trainer than that of their task
+OTHER_TRAINERS = {  # heads whose models Ultralytics trains with a trainer other than their task's
     "RTDETRDecoder": "RT-DETR",
     "WorldDetect": "YOLO-World",
     "YOLOEDetect": "YOLOE",
@@ -29,8 +29,8 @@ class Score(NamedTuple):
 
     Attributes:
         column: What Ultralytics calls it in `results.csv` and in the results of a validation.
-        label: What a person calls it.
-        sign: 1 where more is better, -1 where less is.
+        label: What people call it.
+        sign: 1 if higher is better, -1 if lower is.
     """
 
     column: str
@@ -44,10 +44,10 @@ class Task(NamedTuple):
     Attributes:
         name: What Ultralytics calls it.
         suffix: How the names of its models end.
-        builtin: Whether Ultralytics' own distillation takes its models.
-        trainer: Ultralytics' trainer of it.
-        score: What its models are judged by.
-        second: Another score to look at beside it.
+        builtin: Whether Ultralytics' own distillation supports it.
+        trainer: Ultralytics' trainer for it.
+        score: The score that judges its models.
+        second: A second score to look at.
     """
 
     name: str
@@ -75,19 +75,19 @@ TASKS = {task.name: task for task in ALL}
 
 
 def task_of_trainer(trainer: type) -> Task:
-    """Return the task that a trainer is of: detection, unless it derives from the trainer of another one."""
+    """Return the task that a trainer is for: detection, unless it derives from the trainer of another task."""
     return next((task for task in ALL[1:] if issubclass(trainer, task.trainer)), ALL[0])
 
 
 def task_of_student(student: Any, asked: str | None = None) -> Task:
-    """Return the task that a student is for; as in Ultralytics, what the model is counts more than what was asked.
+    """Return the task that a student is for; as in Ultralytics, the model outweighs the argument `task`.
 
     Args:
         student: A name, a path, or the model itself.
         asked: The argument `task`.
 
     Raises:
-        ConfigError: If it is for none of the dense tasks, or if Ultralytics has a trainer of its own for it.
+        ConfigError: If it is for none of the dense tasks, or if Ultralytics has a separate trainer for it.
     """
     name, head = _task_and_head(student)
     if head in OTHER_TRAINERS:
@@ -104,9 +104,9 @@ def task_of_student(student: Any, asked: str | None = None) -> Task:
 
 
 def _task_and_head(student: Any) -> tuple[str | None, str]:
-    """Return the task of a model, None if that is not known, and the class name of its head."""
+    """Return the task of a model (None if unknown) and the class name of its head."""
     path = Path(str(student))
-    with suppress(Exception):  # what is wrong with it is said where it is built
+    with suppress(Exception):  # the building of the model reports any fault
         if path.suffix in {".yaml", ".yml"}:
             description = yaml_model_load(student)
         else:

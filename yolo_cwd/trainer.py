@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """The trainer that users name: the method (method/trainer.py) for the student's task, with its sentences and pictures.
 
-Ultralytics has a trainer for each task, all derived from that of detection. Ours joins the one that the student needs.
+Ultralytics has one trainer per task, all derived from the detection trainer. Ours is combined with the student's.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from yolo_cwd.view.attach import attach
 class CWDTrainer(DistillingTrainer):
     """Train a model with channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256).
 
-    Takes every argument of Ultralytics' trainer of the student's task (detect, segment, pose, obb, semantic or depth),
-    and the options of `cfg/default.yaml` beside them. An instance is also one of that trainer.
+    Takes every argument of Ultralytics' trainer for the student's task (detect, segment, pose, obb, semantic or depth),
+    plus the options of `cfg/default.yaml`. An instance is also an instance of that trainer.
 
     Examples:
         >>> YOLO("yolov8n.pt").train(trainer=CWDTrainer, teacher="yolov8l.pt", data="coco8.yaml", epochs=10)
@@ -34,7 +34,7 @@ class CWDTrainer(DistillingTrainer):
         overrides: dict[str, Any] | None = None,
         _callbacks: dict[str, Any] | None = None,
     ) -> CWDTrainer:
-        """Make a trainer for the task of the student."""
+        """Make a trainer for the student's task."""
         trainer: CWDTrainer = super().__new__(_for_task(cls, task_of(cfg, overrides or {}).name))
         return trainer
 
@@ -50,9 +50,9 @@ class CWDTrainer(DistillingTrainer):
 
 
 def _for_task(trainer: type[CWDTrainer], name: str) -> type[CWDTrainer]:
-    """Return a trainer joined with Ultralytics' for a task.
+    """Return a trainer class combined with Ultralytics' trainer for a task.
 
-    It keeps its name: where Ultralytics starts several processes, each imports the trainer by it, and arrives here.
+    It keeps its name: if Ultralytics starts several processes, each imports the trainer by that name and ends up here.
     """
     if task_of_trainer(trainer).name == name:
         return trainer

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""How strongly distillation pulls at a map beside the task's own loss, measured where both arrive: at the map.
+"""How strongly distillation pulls at a map compared with the task's own loss, measured where both arrive: at the map.
 
-The gradient that a divergence sends to a map and the one that everything else sends there are told apart by an alias:
-the divergence sees the alias, the rest of the network the map itself. Their norms are known once backward has passed,
-at no cost but that of the norms. Under the balanced rule the ratio sets the weight of the next step, so that the
-divergence has a given share of the gradient, whatever the loss, the temperature, the image size and the loss scale.
+Two gradients arrive at a map: from its divergence, and from everything else. An alias tells them apart: the divergence
+sees the alias, the rest of the network sees the map itself. Both norms are known after the backward pass, at no cost
+beyond computing them. Under the balanced rule their ratio sets the weight of the next step. So the divergence has a
+given share of the gradient, whatever the loss, the temperature, the image size and the loss scale.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MOMENTUM = 0.9  # of the running means: one step is noisy, and a few are as good as many
+MOMENTUM = 0.9  # of the running means: one step is noisy, but a few are as good as many
 
 
 class GradientMeter:
-    """Norms of gradients at the maps that are compared.
+    """The norms of the gradients at the compared maps.
 
     Attributes:
-        names: What is measured: levels, and class maps.
-        means: Running means over the steps of two squared norms [K, 2]: of the task's gradient, and of that of a
-            divergence of weight 1. 0 until they are known.
+        names: What is measured: the levels, and the class maps.
+        means: Running means over the steps of two squared norms [K, 2]: of the task's gradient, and of the gradient of
+            a divergence with weight 1. 0 until known.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device | None = None) -> None:
         """Start with nothing known."""
         self.names = list(names)
         self.means = torch.zeros(len(self.names), 2, device=device)
-        self._step = torch.zeros_like(self.means)  # squared norms: of the task, of ours as weighted
+        self._step = torch.zeros_like(self.means)  # squared norms of the gradients: the task's, and ours as weighted
         self._epoch = torch.zeros_like(self.means)
 
     @property
     def ratios(self) -> Tensor:
-        """The norm of the task's gradient over that of a divergence of weight 1 [K]; nan until it is known."""
+        """The norm of the task's gradient, divided by that of a divergence with weight 1 [K]; nan until known."""
         return (self.means[:, 0] / self.means[:, 1]).sqrt()
 
     def watch(self, i: int, maps: Tensor) -> Tensor:
-        """Return an alias of maps for a divergence to be taken of.
+        """Return an alias of maps, from which a divergence is to be computed.
 
         Args:
             i: Which of the names they are.
@@ -62,25 +62,25 @@ class GradientMeter:
         return aliased
 
     def note(self, i: int, task: Tensor, ours: Tensor) -> None:
-        """Take in the gradients that the task's loss and a divergence, as weighted, send to the same maps."""
+        """Record the gradients that the task's loss and a weighted divergence send to the same maps."""
         with torch.no_grad():
             self._step[i] += torch.stack([g.float().square().sum() for g in (task, ours)])
 
     def step(self, weights: Tensor) -> None:
-        """Take in what has been watched since the last step of the optimizer, in all processes together.
+        """Update the means from what was recorded since the last optimizer step, in all processes together.
 
         Args:
-            weights: The weights [K] of the divergences in that time.
+            weights: The weights [K] that the divergences had in that time.
         """
         squares = self._gathered()
         self._epoch += torch.where(_usable(squares), squares, 0)
         self._move(torch.stack([squares[:, 0], squares[:, 1] / weights.square()], 1))
 
     def sample(self, weights: Callable[[], Tensor]) -> None:
-        """Take in gradients of weight 1 that were noted apart from a step.
+        """Update the means from gradients with weight 1 that were recorded outside a step.
 
         Args:
-            weights: Returns the weights [K] that follow.
+            weights: Returns the weights [K] that result.
         """
         squares = self._gathered()
         self._move(squares)
@@ -88,7 +88,7 @@ class GradientMeter:
         self._epoch += torch.where(_usable(squares), weighted, 0)
 
     def _gathered(self) -> Tensor:
-        """Return the squares [K, 2] of all processes since the last call."""
+        """Return the squares [K, 2], summed over all processes, since the last call."""
         if dist.is_initialized():
             dist.all_reduce(self._step)
         squares = self._step.clone()
@@ -100,7 +100,7 @@ class GradientMeter:
         self.means = torch.where(_usable(squares), MOMENTUM * before + (1 - MOMENTUM) * squares, self.means)
 
     def restore(self, means: Sequence[Sequence[float]]) -> None:
-        """Go on from the means of an interrupted run; one that had none begins anew."""
+        """Continue from the means of an interrupted run; if it had none, start afresh."""
         if len(means) == len(self.names):
             self.means = torch.tensor(means, device=self.means.device)
 
@@ -110,12 +110,12 @@ class GradientMeter:
 
     @property
     def shares(self) -> dict[str, float]:
-        """By name the norm of the divergence's gradient over the task's in this epoch; 0 where nothing is known."""
+        """By name, the norm of the divergence's gradient divided by the task's in this epoch; 0 if unknown."""
         task, ours = self._epoch.unbind(1)
         values = (ours / task).sqrt().nan_to_num(posinf=0).tolist()
         return dict(zip(self.names, values, strict=True))
 
 
 def _usable(squares: Tensor) -> Tensor:
-    """Return which squares [K, 2] tell anything [K, 1]: those without overflow and of no weight of 0."""
+    """Return which rows of squares [K, 2] are usable [K, 1]: those without overflow and with a weight other than 0."""
     return (squares.isfinite() & (squares > 0)).all(1, keepdim=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Models read from files: restricted to what Ultralytics and torch define, and refused with the true reason."""
+"""Models read from files: only classes of Ultralytics and torch are admitted, and a refusal gives the true reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from yolo_cwd.config import ConfigError, unusable_model
 
 ANOTHER = "give an existing .pt checkpoint of a YOLO model"
 TRUST = "or if you trust the origin of this one, trust_teacher=True"
-BEGINNINGS = {  # of files that are named .pt and are none
+BEGINNINGS = {  # of files that are named .pt but are not checkpoints
     b"<": ("is a web page, no checkpoint", "download the file itself"),
     b"version https://git-lfs": ("is a pointer of Git LFS, no checkpoint", "fetch the file with 'git lfs pull'"),
 }
@@ -29,11 +29,11 @@ def load_model(path: str, argument: str, trust: bool) -> nn.Module:
 
     Args:
         path: Path or known name of a .pt checkpoint, or path of a .yaml model, whose weights are then random.
-        argument: What the user named it by, for messages.
-        trust: Whether the checkpoint may hold other classes than those of Ultralytics and torch, whose code then runs.
+        argument: The argument as the user gave it, for messages.
+        trust: Whether the checkpoint may hold classes other than those of Ultralytics and torch; their code then runs.
 
     Raises:
-        ConfigError: If it cannot be read, or holds no model.
+        ConfigError: If the file cannot be read, or holds no model.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in {".pt", ".yaml", ".yml"}:
@@ -51,7 +51,7 @@ def load_model(path: str, argument: str, trust: bool) -> nn.Module:
 
 def _checkpoint(path: str, argument: str, trust: bool) -> nn.Module:
     file = check_model_file_from_stem(path)
-    content, _ = torch_safe_load(file, safe_only=not trust)  # for this file alone: a switch would hold for all threads
+    content, _ = torch_safe_load(file, safe_only=not trust)  # here only: a switch would affect all threads
     held = [content.get(name) for name in ("ema", "model")] if isinstance(content, dict) else []
     if any(isinstance(model, nn.Sequential) for model in held):
         raise ConfigError(f"{argument}: holds the layers of a model without the model; give what its save() writes")
@@ -74,7 +74,7 @@ def _untrained(path: str) -> nn.Module:
 
 
 def _fault(file: Path, error: BaseException, trust: bool) -> tuple[str, str]:
-    """Return what is wrong with a file, nothing where the error says it best, and what to do."""
+    """Return what is wrong with a file (empty if the error says it best) and what to do."""
     if not file.is_file() or file.suffix != ".pt":
         return "", ANOTHER
     start = file.read_bytes()[:64].lstrip()
@@ -100,7 +100,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _plain_content(file: Path) -> str:
-    """Return that a file holds weights only, if torch's own restricted loader, which admits no model, can read it."""
+    """Say that a file holds only weights if torch's restricted loader, which admits no model, can read it."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:

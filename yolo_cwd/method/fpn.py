@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Where features are taken: the pyramid that a head receives, its class maps, and the adapters to the teacher.
 
-The inputs of a YOLO head, of any task, are the outputs of its neck, the feature pyramid (FPN), one map for each stride.
-A dry pass with a hook on the head finds them; so it does for every network that ends in a head of its own.
+Whatever the task, a YOLO head receives the outputs of the neck: the feature pyramid (FPN), one map for each stride. A
+dry pass with a hook on the head finds them. This works for every network of Ultralytics that ends in a head.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ultralytics.nn.tasks import BaseModel
 
 from yolo_cwd.config import ConfigError, first_line, level_name
 
-PROBE = 256  # pixels of the image of the dry pass: every stride up to 256 shows in it
+PROBE = 256  # pixels of the image for the dry pass: enough to find every stride up to 256
 
 
 class Tap(NamedTuple):
@@ -41,7 +41,7 @@ class Level(NamedTuple):
 
 
 class _HeadReachedError(Exception):
-    """What a head was about to see."""
+    """Carries what a head was about to receive."""
 
 
 def head_inputs(model: nn.Module, images: Tensor) -> list[Tensor]:
@@ -74,7 +74,7 @@ def _maps(found: Any) -> list[Tensor]:
 
 
 def image_channels(model: nn.Module) -> int:
-    """Return how many channels the images have that a network takes."""
+    """Return how many channels the images of a network have."""
     return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
 
 
@@ -84,10 +84,10 @@ def pyramid_taps(model: nn.Module, argument: str) -> dict[int, Tap]:
 
     Args:
         model: A model of Ultralytics, or any module that takes images [N, C, H, W] and returns a list of maps.
-        argument: What the user named it by (`teacher=yolov8l.pt`), for the message.
+        argument: The argument as the user gave it (`teacher=yolov8l.pt`), for the message.
 
     Raises:
-        ConfigError: If it has no pyramid, or one that is of no use.
+        ConfigError: If it has no usable pyramid.
     """
     some = next(model.parameters(), torch.zeros(()))
     image = torch.zeros(1, image_channels(model), PROBE, PROBE, device=some.device, dtype=some.dtype)
@@ -114,7 +114,7 @@ def pyramid_taps(model: nn.Module, argument: str) -> dict[int, Tap]:
 
 @contextmanager
 def modes_untouched(model: nn.Module) -> Iterator[None]:
-    """Put the modes of all parts of a model, training or evaluation, back where they were."""
+    """Restore the mode (training or evaluation) of every part of a model."""
     modes = {m: m.training for m in model.modules()}
     try:
         yield
@@ -132,7 +132,7 @@ def match_levels(student: dict[int, Tap], teacher: dict[int, Tap], wanted: tuple
         wanted: Strides to distil, or None for all that both have.
 
     Raises:
-        ConfigError: If no stride is left, or if one of the wanted is missing on a side.
+        ConfigError: If they share no stride, or if one of them lacks a wanted stride.
     """
     common = sorted(student.keys() & teacher.keys())
     missing = [s for s in wanted or () if s not in common]
@@ -154,10 +154,10 @@ def _names(strides: Any) -> str:
 
 
 def student_features(preds: Any) -> list[Tensor] | None:
-    """Return the pyramid [N, C, H, W] that the student's head received, from what it returned in training mode.
+    """Return the pyramid [N, C, H, W] that the student's head received, taken from what it returned in training mode.
 
-    Both branches of an end-to-end head see the same maps; those of `one2many` still carry the graph. None for
-    predictions of the evaluation mode.
+    Return None for predictions in evaluation mode. Both branches of an end-to-end head see the same maps, but only
+    those of `one2many` still carry the graph.
     """
     if not isinstance(preds, dict):
         return None
@@ -166,7 +166,7 @@ def student_features(preds: Any) -> list[Tensor] | None:
 
 
 class HeadTap:
-    """Keeps what a head receives in training mode, for heads that do not return it: a forward pre-hook on the head."""
+    """A forward pre-hook that keeps what a head receives in training mode, for heads that do not return it."""
 
     def __init__(self) -> None:
         """Start with nothing."""
@@ -183,12 +183,12 @@ class HeadTap:
         return maps
 
     def __reduce__(self) -> Any:
-        """Be pickled with a model as a hook that changes nothing, and that loads without us."""
+        """Pickle as a hook that does nothing, so that a saved model loads without yolo_cwd."""
         return partial, (dict.get, {})
 
 
 def class_branches(head: nn.Module) -> list[nn.Module]:
-    """Return the branches of a head that make its class maps, for its first inputs; none where they are no logits."""
+    """Return the branches of a head that make its class maps, one for each of its first inputs; none if not logits."""
     if isinstance(head, SemanticSegment):
         return [head.classifier]
     if not isinstance(head, Detect) or isinstance(head, WorldDetect | YOLOEDetect):
@@ -198,7 +198,7 @@ def class_branches(head: nn.Module) -> list[nn.Module]:
 
 
 def class_maps_agree(student: nn.Module, teacher: nn.Module) -> bool:
-    """Return whether the class maps of two heads mean the same: both of what lies at a pixel, or both of whole objects.
+    """Return whether the class maps of two heads mean the same: both the class of a pixel, or both that of an object.
 
     Args:
         student: The student's head.
@@ -209,10 +209,10 @@ def class_maps_agree(student: nn.Module, teacher: nn.Module) -> bool:
 
 
 def student_scores(preds: Any) -> Tensor:
-    """Return the logits of the classes that the student's head returned in training mode.
+    """Return the class logits that the student's head returned in training mode.
 
-    [N, classes, positions], the positions of one level after the other; of a semantic head [N, classes, H, W], those of
-    the finest level alone.
+    They are [N, classes, positions], with the levels one after the other. Those of a semantic head are
+    [N, classes, H, W], for the finest level only.
     """
     if isinstance(preds, dict):
         scores: Tensor = preds.get("one2many", preds)["scores"]
@@ -222,19 +222,19 @@ def student_scores(preds: Any) -> Tensor:
 
 
 def build_adapters(levels: list[Level], kind: str) -> nn.ModuleList:
-    """Return one adapter a level from student to teacher channels.
+    """Return one adapter per level, from student to teacher channels.
 
-    A 1x1 convolution needs no bias: the softmax over positions does not see a constant per channel.
+    A 1x1 convolution needs no bias: a softmax over positions ignores a constant per channel.
 
     Args:
         levels: The distilled levels.
-        kind: `conv`, `fitted`, which is fitted later, or `identity`.
+        kind: `conv`, `fitted` (which is fitted later) or `identity`.
 
     Raises:
-        ConfigError: If `identity` is asked for where channels differ.
+        ConfigError: If `kind` is `identity` and the channels differ.
     """
     if kind != "identity":
-        with torch.random.fork_rng(devices=[]):  # the student's own random numbers stay as they are without us
+        with torch.random.fork_rng(devices=[]):  # so the student draws the same random numbers as without us
             return nn.ModuleList(nn.Conv2d(x.student_channels, x.teacher_channels, 1, bias=False) for x in levels)
     for x in levels:
         if x.student_channels != x.teacher_channels:

@@ -291,6 +291,7 @@ class CWDLoss:
                 [N, classes, H, W].
             lesson: What the teacher shows of the same images.
         """
+        lesson.wait()
         found = self.divergences(features, lesson.pyramid)
         if not self.classes or scores is None:
             return found

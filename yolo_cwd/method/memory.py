@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """A distilled step as one module, for Ultralytics' estimate of the batch that fits into a GPU (`batch=-1`).
 
-The estimate runs a module forward and backward on growing batches and fits a line to the memory. Of the student alone
-it would leave out the teacher, the adapters and the divergences.
+The estimate runs a module forward and backward on growing batches and fits a line to the memory used. With the student
+alone it would miss the teacher, the adapters and the divergences.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from yolo_cwd.method.teacher import Teacher
 
 
 class DistilledStep(nn.Module):
-    """Images in, a loss out, by way of the teacher, the student, the adapters and the divergences.
+    """Maps images to a loss through the teacher, the student, the adapters and the divergences.
 
-    Student and adapters are copies: profiling leaves gradients and statistics behind. The teacher has neither, and is
-    used as it is. It has not chosen its precision yet, so that its maps are counted in float32, the most they can take.
+    Student and adapters are copies, because profiling leaves gradients and statistics behind. The teacher has neither
+    and is used directly. It has not chosen its precision yet, so its maps count in float32, the most they need.
 
     Attributes:
         student: The copy of the student.
         adapters: The copies of the adapters.
         criterion: The criterion of a training, with a stand-in for the task's own loss, which needs labels.
-        yaml: The student's description, its strides and its classes, by which Ultralytics estimates the rest.
+        yaml: The student's description, which Ultralytics reads together with its strides and classes.
     """
 
     def __init__(
@@ -45,23 +45,23 @@ class DistilledStep(nn.Module):
             student: The student, neither compiled nor parallel.
             adapters: Its adapters.
             teacher: The teacher, on the same device.
-            wrap: Makes the criterion of a training from that of a task, for a student and adapters.
+            wrap: Makes the criterion of a training from a task's criterion, a student and adapters.
         """
         super().__init__()
         self.student, self.adapters = deepcopy(student), deepcopy(adapters)
         self.criterion = wrap(_sum_of_predictions, self.student, self.adapters)
         self.criterion.weight = 1.0
         self.yaml, self.stride, self.names = student.yaml, student.stride, student.names
-        self._lesson = teacher.lesson  # not the module: nobody is to count, hook or copy its layers
+        self._lesson = teacher.lesson  # not the module itself, so that nobody counts, hooks or copies its layers
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return a scalar that depends on all that a step computes from images [N, C, H, W]."""
+        """Return a scalar that depends on everything a step computes from images [N, C, H, W]."""
         batch: dict[str, Any] = {"img": images, "lesson": self._lesson(images.detach())}
         loss, _ = self.criterion(self.student(images), batch)
         return loss.sum()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DistilledStep:
-        """Return itself: it is made of copies."""
+        """Return itself, since it consists of copies already."""
         return self
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Work on a CPU in parts, with a core for each: also the cores that the training leaves idle.
+"""Work on a CPU in parts, one core for each, including the cores that the training leaves idle.
 
-Ultralytics calculates with one thread fewer than there are cores, and with eight at most; all of them share every layer
-and wait for the last one at each. The images of a batch do not depend on each other in the teacher, nor in the loss. So
-they can have a core each, and one that is busy with something else holds up its own part only.
+Ultralytics uses one thread fewer than there are cores, and at most eight. All of them share every layer, and each layer
+waits for its slowest thread. In the teacher and in the loss, the images of a batch do not depend on each other. So each
+core can take images of its own, and a core that is busy with something else delays only its own part.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def cores(device: torch.device) -> int:
 
 
 def in_parts(work: Callable[[Part], Result], parts: Sequence[Part], device: torch.device) -> list[Result]:
-    """Return `work(part)` of every part, in their order.
+    """Return `work(part)` for every part, in order.
 
-    One after the other, each with all threads of torch, unless more cores than that can have a part each. Modes that
-    hold for a thread alone, such as `no_grad` and `autocast`, are up to `work`.
+    The parts run one after the other with all of torch's threads, unless more cores than threads can each take a part.
+    Modes that apply to one thread only, such as `no_grad` and `autocast`, are up to `work`.
     """
     at_once, threads = min(len(parts), available := cores(device)), torch.get_num_threads()
     if at_once <= threads:
@@ -44,11 +44,11 @@ def in_parts(work: Callable[[Part], Result], parts: Sequence[Part], device: torc
         while True:
             try:
                 number, part = waiting.popleft()
-            except IndexError:  # all are taken
+            except IndexError:  # all parts are taken
                 return done
             done[number] = work(part)
 
-    torch.set_num_threads(1)  # of the calling thread, which is one of them
+    torch.set_num_threads(1)  # for the calling thread, which takes parts too
     try:
         others = [_helpers(available - 1).submit(take) for _ in range(at_once - 1)]
         done = take()
@@ -61,5 +61,5 @@ def in_parts(work: Callable[[Part], Result], parts: Sequence[Part], device: torc
 
 @cache
 def _helpers(count: int) -> ThreadPoolExecutor:
-    """Return threads that are kept: the memory of a new one is cold."""
+    """Return threads that are kept for reuse, since a new one starts with cold memory."""
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """What happens between the set-up and the first step: the teacher's precision, fitted adapters, a first measurement.
 
-An adapter begins as the ridge regression from the student's maps to the teacher's, over some batches of training
-images. Every map is centred per image and channel first, since the softmax over positions does not see a constant.
-From a random start an adapter needs epochs to fit, and pushes the student at random until then.
+An adapter starts as the ridge regression from the student's maps to the teacher's, over some batches of training
+images. Every map is centred per image and channel first, since a softmax over positions ignores a constant. An adapter
+that starts at random takes epochs to fit, and pushes the student in random directions until then.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from yolo_cwd.method.loss import CWDLoss
 from yolo_cwd.method.teacher import Teacher
 from yolo_cwd.run import distributed
 
-RIDGE = 1e-2  # of the mean variance of the student's channels
+RIDGE = 1e-2  # as a share of the mean variance of the student's channels
 FITTED = 8  # batches for the regression
 MEASURED = 2  # batches for the first measurement of the gradients
 
 
 def choose_precision(trainer: Any) -> None:
-    """Let the teacher choose what it calculates with, by a validation image; the first process chooses for all."""
+    """Let the teacher choose its precision on a validation image; the first process chooses for all."""
     wanted, first = trainer.cwd.teacher_dtype, RANK in {-1, 0}
     pixels, *_ = trainer.test_loader.dataset.load_image(0)  # [H, W, C], 0 to 255
     image = torch.from_numpy(pixels).to(trainer.device).permute(2, 0, 1)[None] / 255
@@ -47,7 +47,7 @@ def choose_precision(trainer: Any) -> None:
 def prepare(trainer: Any, criterion: CWDLoss) -> list[float]:
     """Fit the adapters, and measure the first gradients, on some batches of training images.
 
-    No random number is used up: the training sees the same images as it would without.
+    It uses up no random numbers, so the training sees the same images as it would without it.
 
     Args:
         trainer: The `DistillingTrainer`, set up.
@@ -69,7 +69,7 @@ def prepare(trainer: Any, criterion: CWDLoss) -> list[float]:
 
 
 def _training_batches(trainer: Any) -> Iterator[dict[str, Any]]:
-    """Yield batches of training images without end, from a loader of their own in this process."""
+    """Yield batches of training images endlessly, from a separate loader in this process."""
     args, size = trainer.args, trainer.batch_size // max(trainer.world_size, 1)
     kept = args.cache, args.workers
     args.cache, args.workers = False, 0
@@ -87,13 +87,13 @@ class Regression:
         self._sums: list[Tensor] = []
 
     def add(self, student: Tensor, teacher: Tensor) -> None:
-        """Take in maps of the same images, [N, C, H, W] of the student and [N, D, H, W] of the teacher."""
+        """Add maps of the same images: [N, C, H, W] from the student and [N, D, H, W] from the teacher."""
         s, t = _centred(student), _centred(teacher)  # [NHW, C], [NHW, D]
         new = [s.T @ s, s.T @ t, t.square().sum()]
         self._sums = [a + b for a, b in zip(self._sums, new, strict=True)] if self._sums else new
 
     def solve(self) -> tuple[Tensor, float]:
-        """Return the weights [D, C] over the data of all processes, and the share of the variance they explain."""
+        """Return the weights [D, C] for the data of all processes, and the share of the variance that they explain."""
         if dist.is_initialized():
             for value in self._sums:
                 dist.all_reduce(value)
@@ -111,7 +111,7 @@ def _centred(maps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batches: Iterable[dict[str, Any]]) -> list[float]:
-    """Let the adapters of a criterion begin as ridge regressions.
+    """Set the adapters of a criterion to ridge regressions.
 
     Args:
         criterion: Holds the adapters, 1x1 convolutions without bias, and the levels.
@@ -120,7 +120,7 @@ def fit(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batches: Itera
         batches: Batches on the device, with images [N, 3, H, W] in 0 to 1.
 
     Returns:
-        For every level the share of the teacher's variance that its adapter explains, at most 1.
+        The share of the teacher's variance, at most 1, that the adapter of each level explains.
     """
     regressions = [Regression() for _ in criterion.levels]
     with statistics_untouched(student):
@@ -137,9 +137,9 @@ def fit(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batches: Itera
 
 
 def measure(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batch: dict[str, Any]) -> None:
-    """Let a criterion's meter take in the gradients of one batch, without a step.
+    """Record the gradients of one batch in a criterion's meter, without a step.
 
-    Needed before the first step, and where the gradients of a step cannot be watched, inside a compiled graph.
+    This is needed before the first step, and where the gradients of a step cannot be watched: inside a compiled graph.
 
     Args:
         criterion: The criterion.
@@ -170,7 +170,7 @@ def _pyramid(criterion: CWDLoss, preds: Any) -> list[Tensor]:
 
 @contextmanager
 def random_numbers_untouched() -> Iterator[None]:
-    """Put the states of all random number generators that augmentation draws from back where they were."""
+    """Restore the state of every random number generator that augmentation draws from."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
@@ -182,7 +182,7 @@ def random_numbers_untouched() -> Iterator[None]:
 
 @contextmanager
 def statistics_untouched(model: nn.Module) -> Iterator[None]:
-    """Let a model run in training mode without a trace in its normalization statistics, and put its mode back."""
+    """Let a model run in training mode without changing its normalization statistics, then restore its mode."""
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [(m, m.momentum, m.num_batches_tracked) for m in layers]
     for m in layers:

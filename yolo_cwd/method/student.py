@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Students that are no stock model: a pruned checkpoint keeps its shape.
+"""Students that are not stock models: a pruned checkpoint keeps its shape.
 
-Ultralytics builds a student from the YAML in its checkpoint, and copies what fits. A network whose channels have been
-pruned would come back at full width, with most of its weights at random.
+Ultralytics builds a student from the YAML in its checkpoint and copies the weights that fit. A network with pruned
+channels would come back at full width, with most of its weights at random.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from yolo_cwd.config import ConfigError
 
 
 def is_reshaped(weights: nn.Module, rebuilt: nn.Module) -> bool:
-    """Return whether a checkpoint's tensors are of other shapes than those of the model that its YAML describes.
+    """Return whether the tensors of a checkpoint differ in shape from those of the model that its YAML describes.
 
     Args:
         weights: The checkpoint's own module.
-        rebuilt: The model of its YAML, for the classes of the data, on which the last layers of a head depend.
+        rebuilt: The model built from its YAML for the classes of the data, which shape the last layers of a head.
     """
     theirs = {name: value.shape for name, value in rebuilt.state_dict().items()}
     head = f"model.{len(rebuilt.model) - 1}."  # type: ignore[arg-type]
@@ -32,16 +32,16 @@ def is_reshaped(weights: nn.Module, rebuilt: nn.Module) -> bool:
 
 
 def as_it_is(weights: nn.Module, rebuilt: nn.Module, student: Any, data: Any) -> nn.Module:
-    """Return a checkpoint's own module, ready to be trained.
+    """Return the checkpoint's own module, ready to train.
 
     Args:
         weights: The checkpoint's module.
-        rebuilt: The model of its YAML, for the classes of the data.
-        student: What the user named it by.
+        rebuilt: The model built from its YAML for the classes of the data.
+        student: The student as the user named it.
         data: The data set, for the message.
 
     Raises:
-        ConfigError: If it is of other classes than the data: its head cannot be made anew without a description.
+        ConfigError: If its number of classes is not the data's: without a description, no new head can be built.
     """
     if classes(weights) != classes(rebuilt):
         raise ConfigError(
@@ -54,5 +54,5 @@ def as_it_is(weights: nn.Module, rebuilt: nn.Module, student: Any, data: Any) ->
 
 
 def classes(model: nn.Module) -> int:
-    """Return the number of classes of a head; 0 where it has none."""
+    """Return the number of classes of a model's head; 0 if it has none."""
     return int(getattr(model.model[-1], "nc", 0))  # type: ignore[index]

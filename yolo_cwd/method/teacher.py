@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The frozen teacher: a network without its head, in the cheapest form that keeps its features faithful."""
+"""The frozen teacher: a network without its head, in the cheapest form that keeps its features accurate."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import BaseModel
-from ultralytics.utils.torch_utils import fuse_conv_and_bn, unwrap_model
+from ultralytics.utils.torch_utils import attempt_compile, fuse_conv_and_bn, unwrap_model
 
 from yolo_cwd.config import ConfigError, first_line
 from yolo_cwd.method.checkpoint import load_model
 from yolo_cwd.method.fpn import class_branches, image_channels, pyramid_taps
 from yolo_cwd.method.parallel import cores, in_parts
 
-GRID = 32  # what the sizes of images are multiples of, whichever levels a head receives
-LETTERBOX_GRAY = 114 / 255  # the value Ultralytics pads its images with
+GRID = 32  # image sizes are multiples of this, whichever levels a head receives
+LETTERBOX_GRAY = 114 / 255  # the value that Ultralytics pads images with
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MAX_ERROR = 0.02  # the largest relative error of a feature map that counts as faithful
-TRIAL_SIZE = 192  # pixels of the longer side on a CPU: they tell as much as all, in a fraction of the time
-PART_PIXELS = 2**18  # of the images that a core of a CPU takes through the teacher at once: 2 of 320 x 320
+MAX_ERROR = 0.02  # the largest relative error of a feature map that still counts as accurate
+TRIAL_SIZE = 192  # pixels of the longer side on a CPU: enough to measure the error, in a fraction of the time
+PART_PIXELS = 2**18  # pixels that a CPU core takes through the teacher at once: 2 images of 320 x 320
 
 
 class Precision(NamedTuple):
-    """The numbers a teacher calculates with.
+    """The number format a teacher calculates in.
 
     Attributes:
         name: One of `DTYPES`.
@@ -50,40 +50,51 @@ class Precision(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What a teacher shows of some images.
+    """What a teacher shows for some images.
 
     Attributes:
         pyramid: Its maps [N, C, H/stride, W/stride], in the order of its taps.
-        classes: The logits of the chosen classes [N, classes, H/stride, W/stride] at the first of them; empty if none
-            have been chosen.
+        classes: The logits of the chosen classes [N, classes, H/stride, W/stride] at the first of these maps; empty if
+            none have been chosen.
+        stream: The CUDA stream in which the maps are made; None if it is the one in which they are used.
     """
 
     pyramid: list[Tensor]
     classes: list[Tensor]
+    stream: torch.cuda.Stream | None = None
+
+    def wait(self) -> Lesson:
+        """Return itself, once the current stream is told to wait for the maps; the host does not."""
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.stream.device)
+            current.wait_stream(self.stream)
+            for maps in (*self.pyramid, *self.classes):
+                maps.record_stream(current)  # or their memory would go back to the teacher while they are still read
+        return self
 
 
 class Teacher(nn.Module):
     """A frozen network without its head: images in, feature pyramid out.
 
-    Its convolutions have taken in their batch normalization, it calculates in channels-last order, and on a CPU it uses
-    the idle cores: all leave the features as they are and save time.
+    Its batch normalization is folded into the convolutions, it calculates in channels-last order, and on a CPU it uses
+    the idle cores. All of these save time and leave the features unchanged.
 
     Attributes:
         taps: The maps of its pyramid by stride.
         image_channels: Channels of the images it takes.
         names: Its classes by index.
-        head: The head that was cut off; None for a network that is none of Ultralytics', and once it has settled.
-        parameter_count: Parameters of the whole model, head included.
-        precision: What it calculates with.
+        head: The head that was cut off; None if the network is not one of Ultralytics', and after `settle`.
+        parameter_count: Parameters of the whole model, including the head.
+        precision: The precision it calculates in.
     """
 
     def __init__(self, model: nn.Module, argument: str = "teacher") -> None:
-        """Take a model over, freeze it and cut its head off.
+        """Take over a model, freeze it and cut off its head.
 
         Args:
             model: A YOLO of any task but classify, an RT-DETR, a YOLO-World, a YOLOE, or any module that takes images
-                [N, C, H, W] in 0 to 1 and returns a list of maps. Give a copy of one that is still needed.
-            argument: What the user named it by, for messages.
+                [N, C, H, W] in 0 to 1 and returns a list of maps. Pass a copy if you still need the model.
+            argument: The argument as the user gave it, for messages.
 
         Raises:
             ConfigError: If the model has no pyramid.
@@ -97,7 +108,9 @@ class Teacher(nn.Module):
         self.image_channels = image_channels(body)
         self.names: dict[int, str] = dict(getattr(body, "names", {}))
         self.precision = Precision("fp32")
-        self._head: tuple[nn.Module | None] = (None,)  # in a tuple it is no part of this module
+        self._head: tuple[nn.Module | None] = (None,)  # in a tuple, so that it is not part of this module
+        self._compiled: tuple[nn.Module, ...] = ()  # nor is this, the same weights once more
+        self._stream: torch.cuda.Stream | None = None
         if isinstance(body, BaseModel):
             self._head = (body.model[-1],)
             body.model[-1] = _HeadInputs(body.model[-1])
@@ -112,11 +125,11 @@ class Teacher(nn.Module):
 
     @property
     def label(self) -> str:
-        """What the user named it by, without the argument's name."""
+        """The teacher as the user named it, without the argument's name."""
         return self.argument.removeprefix("teacher=")
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stay in evaluation mode, whatever the mode of the training around it."""
+        """Stay in evaluation mode, whatever the mode of the surrounding training."""
         return super().train(False)
 
     def require_channels(self, channels: int, data: Any) -> None:
@@ -131,18 +144,18 @@ class Teacher(nn.Module):
         """
         if self.image_channels != channels:
             raise ConfigError(
-                f"{self.argument}: takes images of {self.image_channels} channels, data={data} has {channels}; choose "
-                "a teacher trained on such images"
+                f"{self.argument}: takes images of {self.image_channels} channels, data={data} has {channels}; "
+                "choose a teacher trained on such images"
             )
 
     def show_classes(self, names: Sequence[str]) -> list[int]:
-        """Return its class maps as well from now on, of those of the named classes that it knows.
+        """From now on, also return the class maps of those of the named classes that it knows.
 
         Args:
             names: The classes of the data.
 
         Returns:
-            The positions in `names` of the classes that it knows, in which order their maps come.
+            The positions in `names` of the classes that it knows, in the order of their maps.
         """
         ours = {name: i for i, name in self.names.items()}
         known = [i for i, name in enumerate(names) if name in ours]
@@ -154,57 +167,79 @@ class Teacher(nn.Module):
         self.body.model[-1].show(shown, [ours[names[i]] for i in known])
         return known
 
-    def settle(self, device: torch.device) -> None:
-        """Move to the device of the training, the weights in the order that is fastest there.
+    def settle(self, device: torch.device, beside: bool = False) -> None:
+        """Move to the device of the training, with the weights in the memory order that is fastest there.
 
-        Images are channels-last everywhere, but convolutions on a CPU bring the weights into an order of their own.
+        Images are channels-last everywhere, but convolutions on a CPU reorder the weights themselves.
+
+        Args:
+            device: The device.
+            beside: Whether lessons have a CUDA stream of their own from now on, beside the student's forward pass.
         """
         self._head = (None,)
+        self._stream = torch.cuda.Stream(device) if beside else None  # type: ignore[no-untyped-call]
         self.to(device)
         if device.type == "cuda":
             self.to(memory_format=torch.channels_last)
 
+    def speed_up(self, device: torch.device) -> None:
+        """Compile, once the precision is chosen, as Ultralytics' `compile=True` does: it warns where that cannot be."""
+        self._compiled = (attempt_compile(self.body, device),)
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the maps [N, C, H/stride, W/stride] of images [N, C, H, W], in its precision.
 
-        Those of the pyramid, and after them, if classes have been chosen, the logits of these.
+        The maps of the pyramid come first. If classes have been chosen, their logits follow.
 
-        Images whose size is no multiple of the coarsest stride are padded as Ultralytics pads them, and the maps cut
-        back: a student without a P6 may train at sizes that a teacher with one does not take.
+        Images whose size is not a multiple of the coarsest stride are padded as Ultralytics pads them, and the maps are
+        cropped again: a student without a P6 may train at sizes that a teacher with one does not accept.
         """
         height, width = images.shape[-2:]
         padding = (0, -width % self._grid, 0, -height % self._grid)
         if any(padding):
             images = F.pad(images, padding, value=LETTERBOX_GRAY)
-        parts = in_parts(self._maps, _parts(images), images.device)
+        split = _parts(images)
+        one_by_one = bool(self._compiled)  # not every release of PyTorch compiles while another thread calculates
+        parts = [*map(self._maps, split)] if one_by_one else in_parts(self._maps, split, images.device)
         maps = parts[0] if len(parts) == 1 else [torch.cat(level) for level in zip(*parts, strict=True)]
         if any(padding):
             maps = [m[..., : height // s, : width // s] for m, s in zip(maps, cycle(self.taps))]
         return maps
 
     def lesson(self, images: Tensor) -> Lesson:
-        """Return what it shows of images [N, C, H, W] in 0 to 1, its pyramid and its class maps apart."""
-        maps = self(images)
-        return Lesson(maps[: len(self.taps)], maps[len(self.taps) :])
+        """Return its pyramid and its class maps, separately, for images [N, C, H, W] in 0 to 1.
+
+        In a stream of its own, if it has one: `wait` for the lesson before its maps are used.
+        """
+        maps = self(images) if self._stream is None else self._beside(self._stream, images)
+        return Lesson(maps[: len(self.taps)], maps[len(self.taps) :], self._stream)
+
+    def _beside(self, stream: torch.cuda.Stream, images: Tensor) -> list[Tensor]:
+        stream.wait_stream(torch.cuda.current_stream(images.device))  # which is still to bring the images
+        images.record_stream(stream)
+        with torch.cuda.stream(stream):
+            maps: list[Tensor] = self(images)
+        return maps
 
     @torch.no_grad()
     def _maps(self, images: Tensor) -> list[Tensor]:
         images = images.to(DTYPES[self.precision.name], memory_format=torch.channels_last)
         with torch.autocast(images.device.type, enabled=False):  # the student's AMP is not the teacher's
-            maps = self.body(images)
+            (network,) = self._compiled or (self.body,)
+            maps = network(images)
         return list(maps.values()) if isinstance(maps, dict) else list(maps)
 
     def calibrate(self, wanted: str, images: Tensor) -> None:
-        """Choose the precision to calculate with, by the error that it makes on the device the teacher is on.
+        """Choose the precision to calculate in, by the error it causes on the teacher's device.
 
         Args:
-            wanted: `auto` for the first precision that the device is fast in and that keeps the relative error of every
-                map below `MAX_ERROR`, or one of `DTYPES`. No clock has a say: the choice is the same every time.
-            images: One image or several [N, 3, H, W] in 0 to 1, on that device.
+            wanted: One of `DTYPES`, or `auto` for the first precision that the device is fast in and that keeps the
+                relative error of every map within `MAX_ERROR`. Time is not measured: the choice is the same every time.
+            images: One or more images [N, 3, H, W] in 0 to 1, on that device.
 
         Raises:
             ConfigError: If the features are not finite in float32, if the wanted precision overflows, or if the device
-                does not have it.
+                does not support it.
         """
         images = _trial_images(images)
         exact, reference = self.body, self(images)
@@ -229,17 +264,17 @@ class Teacher(nn.Module):
         else:
             self.body, self.precision = exact, Precision("fp32")
         del exact
-        gc.collect()  # fused layers refer to themselves, so that nothing else frees the copies
+        gc.collect()  # fused layers refer to themselves, so only this frees the copies
 
 
 def _converted(body: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of a frozen network in another precision, without a passing copy of its weights as they are."""
+    """Return a copy of a frozen network in another precision, without first copying the weights unconverted."""
     weights = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in body.parameters()}
     return deepcopy(body, weights).to(dtype)
 
 
 def _trial_images(images: Tensor) -> Tensor:
-    """Return the images to try precisions on: as they are on a GPU, small ones on a CPU."""
+    """Return the images to try precisions on: unchanged on a GPU, shrunk on a CPU."""
     if not images.is_cpu:
         return images
     shrunk = TRIAL_SIZE / max(images.shape[-2:])
@@ -247,7 +282,7 @@ def _trial_images(images: Tensor) -> Tensor:
 
 
 def _parts(images: Tensor) -> Sequence[Tensor]:
-    """Split a batch on a CPU: for the cores, and so that what a part needs in passing stays small."""
+    """Split a batch on a CPU, to occupy the cores and to limit the temporary memory of each part."""
     if not images.is_cpu:
         return [images]
     threads, at_once = torch.get_num_threads(), max(1, PART_PIXELS // images[0, 0].numel())
@@ -256,7 +291,7 @@ def _parts(images: Tensor) -> Sequence[Tensor]:
 
 
 def _fast_precisions(device: torch.device) -> list[str]:
-    """Return the lower precisions that a device has instructions for, the most exact first."""
+    """Return the lower precisions that a device has instructions for, the most accurate first."""
     if device.type == "cuda":
         return ["fp16", "bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["fp16"]
     if device.type == "cpu":
@@ -267,19 +302,19 @@ def _fast_precisions(device: torch.device) -> list[str]:
 
 def _relative_error(maps: Tensor, reference: Tensor) -> float:
     error = float((maps.float() - reference).norm() / reference.norm())
-    return error if error < float("inf") else float("inf")  # not-a-number as well
+    return error if error < float("inf") else float("inf")  # covers not-a-number too
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a device has done what it was given, before the clock is read."""
+    """Wait until a device has finished its work, before the clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class _HeadInputs(nn.Module):
-    """Stands in the place of a head and returns what the head would have received, and its class maps."""
+    """Stands in for a head: returns what the head would have received, followed by its class maps."""
 
-    export = False  # YOLO-World asks its head
+    export = False  # YOLO-World reads this from its head
 
     def __init__(self, head: Any) -> None:
         super().__init__()
@@ -297,7 +332,7 @@ class _HeadInputs(nn.Module):
 
 
 def _without_masks(model: nn.Module) -> nn.Module:
-    """Make the pruning of a model permanent: its masks multiply weights that are calculated anew in every pass."""
+    """Make the pruning of a model permanent; otherwise its masks multiply the weights anew in every pass."""
     for module in model.modules():
         for name, _ in list(module.named_parameters(recurse=False)):
             if name.endswith("_orig") and prune.is_pruned(module):
@@ -319,9 +354,9 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
 
     Args:
         source: Path or known name of a .pt checkpoint (downloaded by Ultralytics where it knows it), path of a .yaml
-            model (untrained: for tests), a `YOLO` or a relative of it, or a module.
-        trust: Whether the checkpoint may hold other classes than those of Ultralytics and torch. A .pt file is a
-            pickle: loading one in trust may run any code that its author has put in.
+            model (untrained: for tests), a `YOLO` or similar object, or a module.
+        trust: Whether the checkpoint may hold classes other than those of Ultralytics and torch. A .pt file is a
+            pickle: loading it unrestricted may run any code that its author has put in.
 
     Raises:
         ConfigError: If there is no such file, if it cannot be read, or if it holds no model with a pyramid.

@@ -46,7 +46,7 @@ from yolo_cwd.method.student import as_it_is, is_reshaped
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.pool.trainer import PooledTrainer
 from yolo_cwd.run import distributed, request
-from yolo_cwd.run.refusal import require_autocast, unusable_student
+from yolo_cwd.run.refusal import require_autocast, require_streams, unusable_student
 from yolo_cwd.tasks import task_of_trainer
 
 STUDENT_CLIP_NORM = 10.0  # what Ultralytics clips the student's gradient norm to
@@ -108,7 +108,7 @@ class DistillingTrainer(PooledTrainer):
         """Prepare a batch as Ultralytics does, and add the teacher's pyramid of its images for the criterion.
 
         Before the student's forward pass, so that the teacher's passing memory and the activations the student keeps
-        for its gradient are never needed at once.
+        for its gradient are never needed at once, unless the teacher has a stream of its own.
         """
         batch = super().preprocess_batch(batch)
         if self.criterion is not None and self.criterion.weight and self._batches % self.cwd.cwd_every == 0:
@@ -154,13 +154,14 @@ class DistillingTrainer(PooledTrainer):
         self.level_weights = self.cwd.weights_of([level.name for level in self.levels])
         self.teacher.require_channels(self.data.get("channels", 3), self.args.data)
         require_autocast(self.args.amp, self.device)
+        require_streams(self.cwd.teacher_forward, self.device)
         self.adapters = build_adapters(self.levels, self.cwd.adapter).to(self.device)
         distributed.spread(self.adapters)
         if self.cwd.cwd:
             self.class_weight = self.cwd.class_share / self.cwd.strength
             if self.class_weight and self._class_maps_agree():
                 self.classes = self.teacher.show_classes(list(self.data["names"].values()))
-            self.teacher.settle(self.device)
+            self.teacher.settle(self.device, beside=self.cwd.teacher_forward == "stream")
         return checkpoint
 
     def _class_maps_agree(self) -> bool:
@@ -226,6 +227,8 @@ class DistillingTrainer(PooledTrainer):
         assert self.criterion is not None
         if self.cwd.cwd:
             choose_precision(self)
+            if self.cwd.teacher_forward == "compile":
+                self.teacher.speed_up(self.device)
         if self.cwd.cwd and self.resume:
             self.criterion.meter.restore(self.state.measured)
         elif self.cwd.cwd:

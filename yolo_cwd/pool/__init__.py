@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Images that nobody has annotated, labelled by the teacher."""
+"""Images without labels, which the teacher labels."""

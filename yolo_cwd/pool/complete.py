@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""New classes beside old ones: the labels of the training images, completed by a teacher that knows the old classes.
+"""Completes the labels of the training images with a teacher that knows the old classes beside the new ones.
 
-Whoever labels images for new classes leaves the old ones out, and a student would learn that they are background. The
-images appear in a folder of ours (store.py), each with its own labels, and with the teacher's objects of those classes
-that no label has.
+Images labelled for new classes leave the old ones out, and a student would learn that these are background. The images
+go into our own folder (store.py), each with its existing labels and the teacher's objects of those classes that no
+label has.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Labelled(NamedTuple):
     """The training images of a data set.
 
     Attributes:
-        own: What each of them is labelled with; those that Ultralytics cannot use are not in it.
-        classes: The class of the data by that of the teacher, of those that no label has.
-        warnings: What should be known of them.
+        own: The existing labels of each image; images that Ultralytics cannot use are not in it.
+        classes: The data's class for each of the teacher's classes, of those that no label has.
+        warnings: What the user should know about the images.
     """
 
     own: dict[Path, Own]
@@ -42,11 +42,11 @@ class Labelled(NamedTuple):
 
 
 def prepare(settings: Settings, task: str | None, args: Any) -> Pool:
-    """Return all that the teacher labels for a training: its own images, and those of `unlabeled`.
+    """Return everything that the teacher labels for a training: the data's images, and those of `unlabeled`.
 
     Args:
-        settings: The checked options; they ask for one of the two at least.
-        task: The task of the student; None for that of the teacher.
+        settings: The checked options; they ask for at least one of the two.
+        task: The task of the student; None for the teacher's.
         args: The arguments of the training.
 
     Raises:
@@ -54,7 +54,7 @@ def prepare(settings: Settings, task: str | None, args: Any) -> Pool:
     """
     if not settings.complete_labels:
         return store.prepare(settings, task, args)
-    if settings.unlabeled:  # refuse the one before the other is labelled
+    if settings.unlabeled:  # refuse these before the others are labelled
         list_images(settings.unlabeled, "unlabeled")
         store.plan_of(settings, task, args)
     completed = _complete(settings, task, args)
@@ -62,12 +62,12 @@ def prepare(settings: Settings, task: str | None, args: Any) -> Pool:
 
 
 def count(settings: Settings, task: str, args: Any) -> str:
-    """Say which labels would be completed, without labelling.
+    """Return in words which labels would be completed, without labelling.
 
     Args:
         settings: The checked options.
         task: The task of the student.
-        args: The arguments of the training, data among them.
+        args: The arguments of the training, including `data`.
 
     Raises:
         ConfigError: If there is nothing to complete.
@@ -107,7 +107,7 @@ def _teacher_and_data(settings: Settings, task: str | None, args: Any) -> tuple[
 
 
 def _lists(folder: Path, teacher: YOLO, data: dict[str, Any], settings: Settings, args: Any) -> Path:
-    """Return the file that says what is completed, with the list of the images beside it, made where it is missing."""
+    """Return the file that says what is completed; make it, and the list beside it, if missing."""
     images = images_of_data(data).train
     labels = [Path(file) for file in img2label_paths(list(map(str, images)))]
     what = [identity(file) for file in (*images, *labels) if file.exists()]
@@ -129,9 +129,9 @@ def _lists(folder: Path, teacher: YOLO, data: dict[str, Any], settings: Settings
 
 
 def _read(images: Sequence[Path], teacher: YOLO, data: Mapping[str, Any], settings: Settings, args: Any) -> Labelled:
-    """Read the labels of the training images by Ultralytics' rules, and find out which classes they lack.
+    """Read the labels of the training images by Ultralytics' rules, and find the classes that they lack.
 
-    All of them, whatever `fraction` of them is trained on: where a class is labelled in one image, it is in all.
+    All images are read, whatever `fraction` is: a class that is labelled in one image counts as labelled in all.
     """
     points, values = data.get("kpt_shape", (0, 0))
     rules = teacher.task == "pose", len(data["names"]), points, values, bool(args.single_cls)
@@ -165,7 +165,7 @@ def _read(images: Sequence[Path], teacher: YOLO, data: Mapping[str, Any], settin
 
 
 def _classes(teacher: YOLO, names: Mapping[int, str], kinds: set[int]) -> dict[int, int]:
-    """Return the class of the data by that of the teacher, of those that no label has."""
+    """Return the data's class for each of the teacher's classes, of those that no label has."""
     unlabelled = {name: kind for kind, name in names.items() if kind not in kinds}
     classes = {i: unlabelled[name] for i, name in teacher.names.items() if name in unlabelled}
     if not classes:

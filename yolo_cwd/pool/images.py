@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Which images a pool has: what its sources name, less what cannot be read, is there twice, or is in the data set."""
+"""Which images a pool has: all that its sources name, except unreadable ones, duplicates and images of the data set."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ READERS = 8  # threads: the disk sets the pace
 
 
 class Split(NamedTuple):
-    """The images of a data set: those that are trained on, and those that are held out."""
+    """The images of a data set: those for training, and those held out."""
 
     train: list[Path]
     held_out: list[Path]
@@ -35,9 +35,9 @@ class Survey(NamedTuple):
 
     Attributes:
         images: The images that can be used, in the order of their paths.
-        unreadable: Number of files that are no image, or too small a one.
-        duplicates: Number of images whose content another one of the pool has.
-        held_out: Number of images that are among those the models are scored on.
+        unreadable: Number of files that are not images, or too small.
+        duplicates: Number of images with the same content as another one in the pool.
+        held_out: Number of images that are among those that models are scored on.
         labelled: Number of images that are among the training images of the data.
     """
 
@@ -48,7 +48,7 @@ class Survey(NamedTuple):
     labelled: int = 0
 
     def left_out(self) -> str:
-        """Return in words what has been left out; nothing if nothing was."""
+        """Return in words what has been left out; an empty string if nothing was."""
         parts = {
             "unreadable": self.unreadable,
             "there twice": self.duplicates,
@@ -68,7 +68,7 @@ def list_images(sources: Iterable[str], argument: str = "") -> list[Path]:
 
     Args:
         sources: Folders (searched to any depth), globs, `.txt` lists of paths, or images.
-        argument: The argument that names them: what names nothing is refused. Without it, it is passed over.
+        argument: The argument that names them. With it, a source that names nothing is refused; without it, skipped.
 
     Raises:
         ConfigError: If a source names nothing.
@@ -96,7 +96,7 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _files_of_list(file: Path) -> list[str]:
-    """Return the paths in a list: relative ones are so to the list if they begin with a dot or are not there else."""
+    """Return the paths in a list; those with `./`, or not found from the working folder, are relative to the list."""
     lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     here = [line for line in lines if not line.startswith("./") and Path(line).exists()]
     return [str(Path(line).absolute() if line in set(here) else file.parent.absolute() / line) for line in lines]
@@ -113,18 +113,18 @@ def _paths(data: dict[str, Any], split: str) -> list[str]:
 
 
 def identity(file: Path) -> str:
-    """Return a name for a file as it is now: another path, size or time of change gives another one."""
+    """Return a name for a file in its present state: a new path, size or modification time gives a new name."""
     state = file.stat()
     return fingerprint(str(file), state.st_size, state.st_mtime_ns)[:16]
 
 
 def fingerprint(*values: Any) -> str:
-    """Return a number for some plain values, the same everywhere and always."""
+    """Return a hash of some plain values that is the same everywhere and always."""
     return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
 def content_of(file: Path) -> str:
-    """Return a number for the content of a file."""
+    """Return a hash of a file's content."""
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while block := opened.read(2**20):
@@ -137,7 +137,7 @@ def survey(images: Sequence[Path], data: Split) -> Survey:
 
     Args:
         images: The images of the pool.
-        data: Those of the data set. What is there by content is there, under whatever name.
+        data: The images of the data set. Content decides whether an image is one of them, not its name.
     """
     with ThreadPoolExecutor(READERS) as threads:
         readable = with_progress(threads.map(is_readable, images), len(images), "looking at the images")
@@ -157,7 +157,7 @@ def survey(images: Sequence[Path], data: Split) -> Survey:
 
 
 def _contents_by_need(files: Sequence[Path], threads: ThreadPoolExecutor) -> dict[Path, Any]:
-    """Return something for the content of each file: its size if no other one has it, else a digest of it all."""
+    """Return something that identifies the content of each file: its size if unique, otherwise a digest."""
     sizes = {file: size for file, size in zip(files, threads.map(_size, files), strict=True) if size}
     of_size = Counter(sizes.values())
     shared = [file for file, size in sizes.items() if of_size[size] > 1]
@@ -187,7 +187,7 @@ def is_readable(file: Path) -> bool:
 
 
 def cut_off(file: Path) -> bool:
-    """Return whether a file is a JPEG without its end: Ultralytics repairs such a one where it lies."""
+    """Return whether a file is a JPEG that lacks its end; Ultralytics would repair it in place."""
     if file.suffix.lower() not in {".jpg", ".jpeg"}:
         return False
     with file.open("rb") as opened:
@@ -196,12 +196,12 @@ def cut_off(file: Path) -> bool:
 
 
 def evenly(images: Sequence[Path], most: int) -> list[Path]:
-    """Return so many images at most, at even distances."""
+    """Return at most so many images, at even intervals."""
     if len(images) <= most:
         return list(images)
     return [images[i] for i in np.linspace(0, len(images) - 1, most).round().astype(int).tolist()]
 
 
 def with_progress(results: Iterable[Any], total: int, doing: str) -> list[Any]:
-    """Return results that others are working on, as a list, and show how far they are."""
+    """Return a list of results that are being worked on, and show the progress."""
     return list(TQDM(results, total=total, desc=f"{colorstr('CWD:')} {doing}")) if total else []

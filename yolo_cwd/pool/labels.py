@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a teacher predicts on an image, as the labels that Ultralytics trains on, and as the image beside them.
+"""Turns a teacher's predictions on an image into labels that Ultralytics trains on, and into the image to go with them.
 
-An object that the teacher is not sure of is neither a label nor background: it is painted over, with the gray that
-Ultralytics pads images with, so that the loss does not punish a student who finds it.
+An object that the teacher is not sure of is neither a label nor background. It is painted over with the grey that
+Ultralytics pads images with, so that the loss does not punish a student that finds it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 GRAY = 114  # what Ultralytics pads images with
-COVERED = 0.5  # an uncertain object is no other one if so much of its box is in that of a certain one
-SAME = 0.5  # two boxes are around one object if they share so much of the larger one
-SEEN = 0.5  # confidence of a key point from which on it counts as visible
+COVERED = 0.5  # with this share of its box in that of a certain object, an uncertain one is the same object
+SAME = 0.5  # two boxes that share this much of the larger one show the same object
+SEEN = 0.5  # lowest confidence of a key point that counts as visible
 IGNORED = 255  # class of pixels that do not count
 
 
@@ -29,13 +29,13 @@ class Label(NamedTuple):
     """The label of one image.
 
     Attributes:
-        content: What its file holds.
-        suffix: How its file is called.
-        classes: How many objects of the teacher there are of each class; pixels, where every pixel has one.
-        confidences: The confidence of each of them.
+        content: The content of its file.
+        suffix: The suffix of its file.
+        classes: The number of the teacher's objects of each class; of pixels, in tasks where every pixel has a class.
+        confidences: The confidence of each of these objects.
         certain: The corners [4, 2] of the box of each object, in pixels.
-        uncertain: The same of the objects that are to be painted over.
-        labelled: How many objects of the teacher were labelled already, as something else.
+        uncertain: The same for the objects to paint over.
+        labelled: The number of the teacher's objects that were already labelled, as something else.
     """
 
     content: bytes
@@ -48,12 +48,12 @@ class Label(NamedTuple):
 
 
 class Own(NamedTuple):
-    """What an image is labelled with already.
+    """The existing labels of an image.
 
     Attributes:
-        content: What its label file holds; it stays in front, byte for byte.
+        content: The content of its label file; it stays in front, byte for byte.
         shapes: The corners of the box of each object, or its outline [K, 2], as fractions of the image.
-        outlined: Whether they are outlines: Ultralytics reads no file that has both.
+        outlined: Whether the shapes are outlines; Ultralytics reads no file that has both.
     """
 
     content: bytes = b""
@@ -69,10 +69,10 @@ class Form(NamedTuple):
 
     Attributes:
         task: One of Ultralytics' tasks.
-        classes: The class of the data by that of the teacher; others are left out.
-        folder: What the folder of the labels is called, beside that of the images.
-        point_values: Numbers for each key point: 2, or 3 with its visibility.
-        raw_ids: What stands in a class map for a class of the data, where it is not its number.
+        classes: The data's class for each of the teacher's classes; others are left out.
+        folder: The name of the labels' folder, which is beside that of the images.
+        point_values: Numbers per key point: 2, or 3 with its visibility.
+        raw_ids: The value in a class map for a class of the data, where it differs from the class number.
     """
 
     task: str
@@ -83,13 +83,13 @@ class Form(NamedTuple):
 
 
 def label_of(result: Any, form: Form, conf: float, own: Own = NOTHING) -> Label:
-    """Return the label of one image; what it is labelled with already wins over the teacher.
+    """Return the label of one image; its existing labels win over the teacher.
 
     Args:
-        result: What Ultralytics has predicted, objects of every confidence that matters among it.
+        result: Ultralytics' prediction, with objects of every confidence that matters.
         form: What labels look like.
-        conf: Confidence from which on an object is certain.
-        own: What it is labelled with already.
+        conf: Lowest confidence of a certain object.
+        own: The existing labels of the image.
     """
     result = result.cpu()
     if form.task == "semantic":
@@ -125,7 +125,7 @@ def _box(result: Any, i: int, _: Form) -> list[float]:
 
 
 def _polygon(result: Any, i: int, _: Form) -> list[float]:
-    """Return the outline of a mask, or of the box where the mask has none."""
+    """Return the outline of a mask, or of the box if the mask has no outline."""
     outline = result.masks.xyn[i] if result.masks is not None else []
     if len(outline) < 3:
         outline = corners_of(result.boxes.xyxyn.numpy()[[i]])[0]
@@ -134,7 +134,7 @@ def _polygon(result: Any, i: int, _: Form) -> list[float]:
 
 
 def _oriented_box(result: Any, i: int, _: Form) -> list[float]:
-    """Return the corners of a box, cut to the image where Ultralytics would refuse the image with all its labels."""
+    """Return the corners of a box, clipped if Ultralytics would otherwise refuse the image with all its labels."""
     corners = result.obb.xyxyxyxyn[i].numpy()  # [4, 2]
     low, high = corners.min(axis=0), corners.max(axis=0)
     if (low + high).min() < 0 or (low + high).max() > 2 or (high - low).max() > 1:
@@ -152,7 +152,7 @@ def _pose(result: Any, i: int, form: Form) -> list[float]:
     return [*_box(result, i, form), *points.ravel().tolist()]
 
 
-ROWS: dict[str, Callable[[Any, int, Form], list[float]]] = {  # what a line of a label file has after the class
+ROWS: dict[str, Callable[[Any, int, Form], list[float]]] = {  # what follows the class in a line of a label file
     "detect": _box,
     "segment": _polygon,
     "obb": _oriented_box,
@@ -189,7 +189,7 @@ def corners_of(boxes: Array) -> Array:
 
 
 def _boxes_around(shapes: Sequence[Array], size: tuple[int, int], turned: bool) -> list[Array]:
-    """Return the corners [4, 2] of the boxes around shapes [K, 2], in pixels.
+    """Return the corners [4, 2], in pixels, of the box around each shape [K, 2].
 
     Args:
         shapes: Points as fractions of the image.
@@ -211,17 +211,17 @@ def _shared(box: Array, other: Array) -> float:
 
 
 def _covered(box: Array, certain: Sequence[Array]) -> bool:
-    """Return whether so much of a box is in another one that both are likely to be around the same object."""
+    """Return whether so much of a box lies in a certain one that both are likely to show the same object."""
     return any(_shared(box, c) >= COVERED * _area(box) for c in certain)
 
 
 def _is_among(box: Array, labelled: Sequence[Array]) -> bool:
-    """Return whether a box is around a labelled object: a helmet in the box of its wearer is another one."""
+    """Return whether a box shows a labelled object; a helmet in the box of its wearer is a different one."""
     return any(_shared(box, other) >= SAME * max(_area(box), _area(other)) for other in labelled)
 
 
 def painted(image: Array, uncertain: Sequence[Array], certain: Sequence[Array]) -> Array:
-    """Return a copy of an image [H, W, C] in which uncertain objects are gray, but where a certain one is.
+    """Return a copy of an image [H, W, C] with uncertain objects painted grey, except where a certain one is.
 
     Args:
         image: The image.

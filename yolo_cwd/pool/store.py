@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The images of a pool with the labels of a teacher, in a folder of ours, as Ultralytics reads them.
+"""Stores the images of a pool and the teacher's labels in our own folder, in the layout that Ultralytics reads.
 
     <cache>/unlabeled/<key>/      one folder for a teacher and the options that decide what it says; completed/<key>/ is
                                   the same for images that have labels of their own (complete.py)
-        images/<id>.jpg           a hard link to the user's image, a copy where there can be none, or a painted copy
-        labels/<id>.txt           what the teacher sees there; masks/<id>.png or depth/<id>.npy in the tasks with maps
-        records/<id>.json         what was found, written last: the image is done
-        lists/<key>.txt           images that a training sees; .yaml is its data set, .json what is in it, written last
+        images/<id>.jpg           a hard link to the user's image, a copy where links are impossible, or a painted copy
+        labels/<id>.txt           what the teacher sees there; masks/<id>.png or depth/<id>.npy in tasks with maps
+        records/<id>.json         what was found; written last, so it marks the image as done
+        lists/<key>.txt           images for one training; .yaml is its data set, .json what is in it, written last
 
-Nothing is written beside the user's images. Labels that are there are used again, by any run and after a kill.
+Nothing is written beside the user's images. Existing labels are used again by every run, even after a kill.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ from yolo_cwd.run.files import put, write_whole
 from yolo_cwd.run.refusal import disk_is_full
 from yolo_cwd.run.request import data_of
 
-VERSION = 1  # part of the key: raise it with every change of what is written
+VERSION = 1  # part of the key: raise it whenever what is written changes
 OF_DATA = ("data", "imgsz", "single_cls", "fraction", "split")  # arguments that a resumed run takes from its checkpoint
-PAINTABLE = {1, 3}  # channels of images that can be written as they were read
-WRITABLE = {".jpg", ".jpeg", ".png", ".bmp"}  # suffixes of images that OpenCV writes as well as it reads them
+PAINTABLE = {1, 3}  # numbers of channels of images that can be written as they were read
+WRITABLE = {".jpg", ".jpeg", ".png", ".bmp"}  # suffixes of images that OpenCV can write as well as read
 MAPS = {"semantic", "depth"}  # tasks in which every pixel has a label
 WRITERS = 4  # threads
-MOST_WRITING = 64  # images that wait to be written
+MOST_WRITING = 64  # most images that wait to be written
 QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 95]
 
 
@@ -71,15 +71,15 @@ class Found(NamedTuple):
     """What is in a pool, as plain values.
 
     Attributes:
-        task: What they are labelled for.
-        images: Number of images that are trained on.
-        objects: Number of objects by class, of images with a class in every pixel where these have it.
-        empty: Number of images without any.
+        task: The task that they are labelled for.
+        images: Number of images to train on.
+        objects: Number of objects by class; of pixels, in tasks where every pixel has a class.
+        empty: Number of images without any object.
         painted: Number of images in which something was painted over.
-        confidence: Mean confidence of the objects; 0 without any.
+        confidence: Mean confidence of the objects; 0 if there are none.
         left_out: What was left out, in words.
         scored_on: Number of images that were left out because models are scored on them.
-        warnings: What else should be known.
+        warnings: What else the user should know.
     """
 
     task: str
@@ -98,8 +98,8 @@ class Pool(NamedTuple):
 
     Attributes:
         folder: Where its images and labels are.
-        train: What to train on: the training images of the data, and the list of the images of the pool.
-        data: The YAML file of a data set with them; it can be used without us.
+        train: What to train on: the training images of the data, and the list of the pool's images.
+        data: The YAML file of a data set with both; plain Ultralytics can use it too.
         found: What is in it.
     """
 
@@ -110,15 +110,15 @@ class Pool(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Who labels, what, and where to.
+    """Who labels what, and where the labels go.
 
     Attributes:
         teacher: The model that labels.
         settings: The checked options.
         form: What labels look like.
         args: The arguments of the training.
-        folder: Where images and labels go.
-        own: What images are labelled with already; those without any are not in it.
+        folder: The folder for images and labels.
+        own: The existing labels of the images; images without any are not in it.
     """
 
     teacher: YOLO
@@ -134,7 +134,7 @@ class Plan(NamedTuple):
         return self.form.folder
 
     def name(self, image: Path) -> str:
-        """Return what the files of an image are called; with other labels of its own it is another one."""
+        """Return the name of an image's files; it depends on the existing labels."""
         if image not in self.own:
             return identity(image)
         return fingerprint(identity(image), self.own[image].content, sorted(self.form.classes.items()))[:16]
@@ -144,8 +144,8 @@ def whole_teacher(settings: Settings, task: str | None) -> YOLO:
     """Return the teacher with its head.
 
     Args:
-        settings: The checked options; the restricted loader has admitted the teacher already.
-        task: The task that it is to label for; None for its own.
+        settings: The checked options; the restricted loader has already admitted the teacher.
+        task: The task to label for; None for the teacher's own.
 
     Raises:
         ConfigError: If it cannot label for the task.
@@ -170,12 +170,12 @@ def _file_of(teacher: str) -> Path:
 
 
 def changed(args: Any, **changes: Any) -> SimpleNamespace:
-    """Return a copy of the arguments of a training, some of them changed."""
+    """Return a copy of a training's arguments with some of them changed."""
     return SimpleNamespace(**{**vars(args), **changes})
 
 
 def as_begun(args: Any) -> Any:
-    """Return the arguments of a run; a resumed one has those of its checkpoint where the pool depends on them."""
+    """Return the arguments of a run; where the pool depends on them, a resumed run keeps those of its checkpoint."""
     if not args.resume:
         return args
     begun = load_checkpoint(args.resume)[1]["train_args"]
@@ -214,13 +214,13 @@ def _shown(settings: Settings) -> str:
 
 
 def prepare(settings: Settings, task: str | None, args: Any, labelled: Sequence[str] = ()) -> Pool:
-    """Return the pool that the options name, labelled by the teacher; what is labelled already is used again.
+    """Return the pool that the options name, labelled by the teacher; existing labels are used again.
 
     Args:
         settings: The checked options.
-        task: The task of the student; None for that of the teacher.
-        args: The arguments of the training. Where `data` is None, labels have the classes of the teacher.
-        labelled: Lists of images to train on beside the pool; those of the data by default.
+        task: The task of the student; None for the teacher's.
+        args: The arguments of the training. If `data` is None, labels have the teacher's classes.
+        labelled: Lists of images to train on beside the pool; the data's by default.
 
     Raises:
         ConfigError: If the teacher cannot label for the data, or if there is nothing to label.
@@ -235,7 +235,7 @@ def prepare(settings: Settings, task: str | None, args: Any, labelled: Sequence[
 
 
 def plan_of(settings: Settings, task: str | None, args: Any) -> tuple[Plan, dict[str, Any]]:
-    """Return who labels a pool, for what and where to, and the data set, before anything is labelled.
+    """Return the plan for labelling a pool, and the data set; nothing is labelled yet.
 
     Raises:
         ConfigError: If the teacher cannot label for the data.
@@ -251,13 +251,13 @@ def plan_of(settings: Settings, task: str | None, args: Any) -> tuple[Plan, dict
 
 
 def folder_of(kind: str, settings: Settings, task: str, said: Any, imgsz: int) -> Path:
-    """Return the folder for the labels of a teacher under the options that decide what it says.
+    """Return the folder for a teacher's labels under the options that decide what it says.
 
     Args:
-        kind: What images they are of.
+        kind: The folder's name for images of this kind: unlabeled or completed.
         settings: The checked options.
-        task: What they are labelled for.
-        said: Plain values for what labels look like.
+        task: The task to label for.
+        said: Plain values that tell what labels look like.
         imgsz: The size at which the teacher sees images.
     """
     asked = settings.pool_conf, settings.pool_unsure, imgsz
@@ -266,15 +266,15 @@ def folder_of(kind: str, settings: Settings, task: str, said: Any, imgsz: int) -
 
 
 def made_once(folder: Path, argument: str, make: Callable[[], Path]) -> Pool:
-    """Return what the lists in a folder name, which one process at a time makes.
+    """Return the pool that the lists in a folder describe; one process at a time makes them.
 
     Args:
         folder: The folder.
-        argument: The argument that asks for them, with its value.
-        make: Returns the file that says what is in the lists, written where it is missing.
+        argument: The argument that asks for the lists, with its value.
+        make: Returns the file that says what is in the lists; writes it if missing.
 
     Raises:
-        ConfigError: If there is no room.
+        ConfigError: If the disk is full.
     """
     try:
         with _alone(folder):
@@ -293,9 +293,9 @@ def made_once(folder: Path, argument: str, make: Callable[[], Path]) -> Pool:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Let one process at a time write into a folder, that of the first rank before others of this machine.
+    """Let one process at a time write into a folder; on each machine, the first rank goes first.
 
-    These wait for the lock, not at a barrier, which has an end.
+    The others wait for the lock, not at a barrier, which would time out.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_suffix(".lock"))
@@ -308,7 +308,7 @@ def _alone(folder: Path) -> Iterator[None]:
             lock.acquire()
     try:
         yield
-    except ConfigError:  # of bad input nothing is left
+    except ConfigError:  # bad input leaves nothing behind
         if not (folder / "records").exists():
             shutil.rmtree(folder, ignore_errors=True)
             Path(lock.lock_file).unlink(missing_ok=True)
@@ -318,7 +318,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _lists(plan: Plan, data: dict[str, Any], others: Sequence[str]) -> Path:
-    """Return the file that says what is in a pool, with the lists beside it, made where they are missing."""
+    """Return the file that says what is in a pool; make it, and the lists beside it, if missing."""
     settings, args = plan.settings, plan.args
     images, split = list_images(settings.unlabeled, "unlabeled"), images_of_data(data)
     labelled = share(split.train, args.fraction)
@@ -337,7 +337,7 @@ def _lists(plan: Plan, data: dict[str, Any], others: Sequence[str]) -> Path:
 
 
 def described(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a data set, as Ultralytics has resolved it, as plain values."""
+    """Return the plain values of a data set that Ultralytics has resolved."""
     return {name: _plain(value) for name, value in data.items() if name != "yaml_file"}
 
 
@@ -349,14 +349,14 @@ def write_lists(
     description: Mapping[str, Any],
     found: Found,
 ) -> Path:
-    """Write a list of labelled images, and the YAML file of a data set with it; return the file of what is in it.
+    """Write a list of labelled images, a data set with it, and the file that says what is in it; return that file.
 
     Args:
-        file: That file; it is written last.
+        file: The file to return; it is written last.
         plan: Where the images are.
-        others: What else is trained on.
+        others: What else to train on.
         records: The records of the images.
-        description: The data set without them.
+        description: The data set without these images.
         found: What is in the list.
     """
     images = _write_list(file.with_suffix(".txt"), [plan.folder / record["image"] for record in records])
@@ -370,7 +370,7 @@ def write_lists(
 def found_in(
     records: Sequence[Mapping[str, Any]], form: Form, names: Mapping[int, str], left_out: str, scored_on: int = 0
 ) -> Found:
-    """Return what is in labelled images, by their records."""
+    """Return what the records of labelled images say is in them."""
     objects: Counter[str] = Counter()
     for record in records:
         objects.update({names.get(int(kind), f"class {kind}"): number for kind, number in record["classes"].items()})
@@ -388,7 +388,7 @@ def found_in(
 
 
 def is_whole(file: Path) -> bool:
-    """Return whether a list is complete, and nothing of it has been removed."""
+    """Return whether a list is complete and no image of it has been removed."""
     if not file.exists():
         return False
     images = file.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
@@ -396,7 +396,7 @@ def is_whole(file: Path) -> bool:
 
 
 def share(images: list[Path], fraction: Any) -> list[Path]:
-    """Return the images that Ultralytics would take under its argument `fraction`."""
+    """Return the images that Ultralytics would use under its argument `fraction`."""
     part = fraction[0] if isinstance(fraction, list) else fraction
     if part == 1:
         return images
@@ -440,7 +440,7 @@ def label_images(plan: Plan, images: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _write_labels(plan: Plan, images: Sequence[str], names: Mapping[str, str]) -> None:
-    """Label images; the teacher does not wait for the disk."""
+    """Label images, without making the teacher wait for the disk."""
     bar = TQDM(total=len(images), desc=f"{colorstr('CWD:')} labelling")
     writing: deque[Future[None]] = deque()
     with closing(bar), ThreadPoolExecutor(WRITERS) as writers:
@@ -454,14 +454,14 @@ def _write_labels(plan: Plan, images: Sequence[str], names: Mapping[str, str]) -
 
 
 def _predictions(plan: Plan, images: Sequence[str]) -> Iterator[Any]:
-    """Yield what the teacher predicts on images, in whatever order."""
+    """Yield the teacher's predictions on images, in any order."""
     settings, args = plan.settings, plan.args
     conf = min(settings.pool_conf, settings.pool_unsure)
     asked_for = set(images)
-    listing = Path(tempfile.mkstemp(suffix=".txt", dir=plan.folder)[1])  # Ultralytics loads what is given as a list
+    listing = Path(tempfile.mkstemp(suffix=".txt", dir=plan.folder)[1])  # Ultralytics loads a list all at once
     try:
-        listing.write_text("\n".join(images), encoding=locale.getpreferredencoding(False))  # in which it is read
-        batch = args.batch if args.batch >= 1 else DEFAULT_CFG.batch  # one below 1 is estimated later, for training
+        listing.write_text("\n".join(images), encoding=locale.getpreferredencoding(False))  # as it is read
+        batch = args.batch if args.batch >= 1 else DEFAULT_CFG.batch  # one below 1 is estimated later, for the training
         asked = {"conf": conf, "imgsz": args.imgsz, "batch": batch, "device": _device(args.device)}
         for result in plan.teacher.predict(str(listing), stream=True, verbose=False, save=False, **asked):
             if result.path in asked_for:
@@ -471,14 +471,14 @@ def _predictions(plan: Plan, images: Sequence[str]) -> Iterator[Any]:
 
 
 def _device(device: Any) -> torch.device | str | None:
-    """Return the device for one process, of those that a training has."""
+    """Return the device for this process, out of those of the training."""
     devices = parse_device(device).split(",")
     mine = devices[max(LOCAL_RANK, 0) % len(devices)]
     return torch.device("cuda", int(mine)) if mine.isdecimal() else mine or None
 
 
 def _put(plan: Plan, result: Any, source: Path, name: str) -> None:
-    """Write the label of an image, and the image beside it; the record last."""
+    """Write the label of an image, the image beside it, and the record last."""
     label = label_of(result, plan.form, plan.settings.pool_conf, plan.own.get(source, NOTHING))
     image = plan.folder / "images" / f"{name}{source.suffix.lower()}"
     if label.uncertain:
@@ -501,7 +501,7 @@ def _put(plan: Plan, result: Any, source: Path, name: str) -> None:
 
 
 def _record(folder: Path, name: str) -> dict[str, Any] | None:
-    """Return what is known of a labelled image; None if it has to be labelled."""
+    """Return the record of a labelled image; None if it has yet to be labelled."""
     try:
         record: dict[str, Any] = json.loads((folder / "records" / f"{name}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -510,11 +510,11 @@ def _record(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def _present(source: Path, image: Path) -> None:
-    """Let an image appear at a place of ours: linked, or copied where that is not possible, or where it is repaired."""
+    """Put an image into our folder: as a link, or as a copy if that is impossible or the image will be repaired."""
     image.unlink(missing_ok=True)
     with suppress(OSError, NotImplementedError):
         if not cut_off(source):
-            os.link(source.resolve(), image)  # a link to a link would lead from here to elsewhere
+            os.link(source.resolve(), image)  # not to a link, which might point elsewhere from here
             return
     unfinished = image.with_name(f".{image.name}.{os.getpid()}")
     shutil.copyfile(source, unfinished)
@@ -530,7 +530,7 @@ def _told(found: Found) -> str:
 
 
 def _data_like(teacher: YOLO) -> dict[str, Any]:
-    """Return what a data set of a teacher's own classes would say of itself."""
+    """Return the description of a data set with the teacher's own classes."""
     shape = {"kpt_shape": list(teacher.model.model[-1].kpt_shape)} if teacher.task == "pose" else {}
     masks = {"masks_dir": "masks"} if teacher.task == "semantic" else {}
     channels = teacher.model.yaml.get("channels", 3)
@@ -544,7 +544,7 @@ def form_of(teacher: YOLO, data: Mapping[str, Any], settings: Settings, translat
         teacher: The teacher with its head.
         data: The data set, as Ultralytics has resolved it.
         settings: The checked options.
-        translation: The class of the data by that of the teacher.
+        translation: The data's class for each of the teacher's classes.
 
     Raises:
         ConfigError: If it cannot make them.
@@ -569,7 +569,7 @@ def form_of(teacher: YOLO, data: Mapping[str, Any], settings: Settings, translat
     if task == "pose" and (ours := data.get("kpt_shape", [0])[0]) != (theirs := teacher.model.model[-1].kpt_shape[0]):
         raise ConfigError(f"{name}: has {theirs} key points, the data have {ours}; give a teacher trained on such data")
     classes = dict(translation)
-    if task == "semantic" and len(data["names"]) == 1:  # whose maps have 0 where it is not, and 1 where it is
+    if task == "semantic" and len(data["names"]) == 1:  # its maps have 1 where the class is, and 0 elsewhere
         classes[1] = 1
     raw = _raw_ids(data) if task == "semantic" else {}
     folder = {"semantic": data.get("masks_dir"), "depth": "depth"}.get(task) or "labels"
@@ -577,11 +577,11 @@ def form_of(teacher: YOLO, data: Mapping[str, Any], settings: Settings, translat
 
 
 def _translation(teacher: YOLO, data: Mapping[str, Any], settings: Settings, single_class: bool) -> dict[int, int]:
-    """Return the class of the data by that of the teacher, of those of one name; none where labels have no classes."""
+    """Return the data's class for each of the teacher's classes with the same name; none if labels have no classes."""
     theirs, ours = teacher.names, data["names"]
     if teacher.task == "depth":
         return {}
-    if single_class and list(theirs.values()) == ["item"]:  # what Ultralytics calls the one of such a model
+    if single_class and list(theirs.values()) == ["item"]:  # Ultralytics' name for the one class of such a model
         return {0: 0}
     by_name = {name: i for i, name in ours.items()}
     known = {i: by_name[name] for i, name in theirs.items() if name in by_name}
@@ -596,6 +596,6 @@ def _translation(teacher: YOLO, data: Mapping[str, Any], settings: Settings, sin
 
 
 def _raw_ids(data: Mapping[str, Any]) -> dict[int, int]:
-    """Return what stands in a class map of the data for each of its classes: `label_mapping` backwards."""
+    """Return the value in the data's class maps for each class: `label_mapping` reversed."""
     mapping = {int(raw): kind for raw, kind in (data.get("label_mapping") or {}).items()}
     return {kind: raw for raw, kind in mapping.items() if isinstance(kind, int) and 0 <= raw < 256}

@@ -45,7 +45,7 @@ class PooledTrainer(ResumableTrainer):
             raise unusable_data(self.args.data, error.__cause__ or error) from error
 
     def build_dataset(self, img_path: Any, mode: str = "train", batch: int | None = None) -> Any:
-        """Build a dataset as Ultralytics does; what the teacher has labelled is no longer subject to `fraction`."""
+        """Build a dataset as Ultralytics does; with a pool, `fraction` has already been applied."""
         whole = self.pool is not None and mode == "train"
         fraction = self.args.fraction
         self.args.fraction = 1.0 if whole else fraction

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Training by several processes: what Ultralytics leaves open for those that `torchrun` starts.
+"""Training in several processes: what Ultralytics does not do for those that `torchrun` starts.
 
-Ultralytics itself starts one process for each GPU of one machine (`device=0,1`). Processes that `torchrun` has started,
-on one machine or on many, find their rank and the world's size in the environment. Here they join one process group
-before anything else, so that they can agree on folder and precision: gloo's on CPUs, NCCL's on GPUs.
+Ultralytics itself starts one process for each GPU of one machine (`device=0,1`). Processes that `torchrun` starts, on
+one machine or many, find their rank and the world size in the environment. Here they join one process group before
+anything else, so that they can agree on folder and precision. The group uses gloo on CPUs and NCCL on GPUs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", 
 
 
 class ProcessTrainer(DetectionTrainer):
-    """Ultralytics' `DetectionTrainer`, able to be one of the processes of `torchrun`, on GPUs or CPUs."""
+    """Ultralytics' `DetectionTrainer`, able to run as one of the processes of `torchrun`, on GPUs or CPUs."""
 
     device: torch.device
     model: Any
@@ -46,14 +46,14 @@ class ProcessTrainer(DetectionTrainer):
     world_size: int
 
     def __init__(self, cfg: Any, overrides: dict[str, Any], _callbacks: dict[str, Any] | None = None) -> None:
-        """Set up as Ultralytics does, for as many processes as there are on all machines; it counts devices of one."""
+        """Set up as Ultralytics does, but for the processes of all machines: Ultralytics counts the devices of one."""
         super().__init__(cfg, overrides, _callbacks)
         if RANK != -1:
             self.world_size = WORLD_SIZE
             self.args.amp = self.args.amp if self.device.type == "cuda" else False
 
     def train(self) -> None:
-        """Train, in processes of Ultralytics' making where `device` names several GPUs.
+        """Train; if `device` names several GPUs, in processes that Ultralytics starts.
 
         Raises:
             ChildProcessError: If one of them fails.
@@ -72,7 +72,7 @@ class ProcessTrainer(DetectionTrainer):
             self.device = torch.device("cuda", torch.cuda.current_device())
             self.accelerator = get_torch_device_backend(self.device)
         else:
-            self.world_size = 1  # Ultralytics' way to wrap the student asks for a GPU; see below
+            self.world_size = 1  # Ultralytics can wrap the student on a GPU only; see _build_train_pipeline
 
     def _setup_train(self) -> None:
         super()._setup_train()
@@ -80,7 +80,7 @@ class ProcessTrainer(DetectionTrainer):
             self.add_callback("on_fit_epoch_end", ProcessTrainer._agree_on_epochs)
 
     def _agree_on_epochs(self) -> None:
-        """Let all processes of a training limited by `time` end with the same epoch, on the same schedule."""
+        """Make all processes of a training limited by `time` end with the same epoch, on the same schedule."""
         if self.args.time and (epochs := agree(self.epochs)) != self.epochs:
             self.epochs = self.args.epochs = epochs
             self._setup_scheduler()
@@ -92,7 +92,7 @@ class ProcessTrainer(DetectionTrainer):
         super()._build_train_pipeline()
 
     def final_eval(self) -> None:
-        """Strip the checkpoints and score the best one, which only the first process may be able to read."""
+        """Strip the checkpoints and score the best one; perhaps only the first process can read them."""
         if RANK == -1:
             super().final_eval()
             return
@@ -113,8 +113,8 @@ def join(device: Any) -> str:
     """Join the process group of this training, if there are several processes.
 
     Args:
-        device: The argument `device`. Left out, it is the GPUs of the machine, one for each of its processes, or the
-            CPU where there are none.
+        device: The argument `device`. By default, the GPUs of the machine, one for each of its processes, or the CPU
+            if there are none.
 
     Returns:
         The argument `device` with its default filled in.
@@ -145,9 +145,9 @@ def join(device: Any) -> str:
 def _unused(store: Any) -> Any:
     """Return a part of the store that belongs to this start alone, agreed on by all processes.
 
-    `torchrun` keeps its store over restarts, with the addresses of processes that are gone. So nothing may be believed
-    that is not an answer to what was asked in this start: every process asks with a token of its own, and the first
-    answers whatever token it finds until all have heard the name of this start.
+    `torchrun` keeps its store across restarts, with the addresses of processes that no longer exist. So a process may
+    trust only answers to its own questions from this start. Each one asks with a token of its own. The first process
+    answers every token it finds, until all have confirmed the name of this start.
     """
     if RANK == 0:
         start, deaf = uuid4().hex, set(range(1, WORLD_SIZE))
@@ -170,7 +170,7 @@ def _unused(store: Any) -> Any:
 
 @contextmanager
 def first_here_first() -> Iterator[None]:
-    """Let the first process of each machine go first: one download, one writer. Its errors are then all processes'."""
+    """Let the first process of each machine go first: one download, one writer. The others then meet its errors too."""
     if dist.is_initialized() and LOCAL_RANK > 0:
         dist.barrier()
     try:
@@ -180,7 +180,7 @@ def first_here_first() -> Iterator[None]:
 
 
 def let_others_follow() -> None:
-    """Pass the barrier at which the others of this machine wait for its first process."""
+    """As the first process of this machine, release the others from the barrier where they wait."""
     if dist.is_initialized() and LOCAL_RANK == 0:
         dist.barrier()
 
@@ -195,7 +195,7 @@ def agree(value: Any) -> Any:
 
 
 def check_folder(folder: Path) -> None:
-    """Warn once a machine if it does not see the run folder of the first process."""
+    """Warn, once per machine, if it cannot see the run folder of the first process."""
     if LOCAL_RANK == 0 and not folder.is_dir():
         LOGGER.warning(
             f"this machine does not see {folder}; 'resume' needs project= on storage that all machines share"
@@ -203,7 +203,7 @@ def check_folder(folder: Path) -> None:
 
 
 def spread(module: nn.Module) -> None:
-    """Give a module of every process the parameters and buffers that it has in the first."""
+    """Copy a module's parameters and buffers from the first process to all others."""
     if dist.is_initialized():
         for value in module.state_dict().values():
             dist.broadcast(value, src=0)
@@ -212,7 +212,7 @@ def spread(module: nn.Module) -> None:
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Average gradients over the processes, as `DistributedDataParallel` does with the student's.
 
-    All in one message: they are few, and needed only once a step of the optimizer.
+    All go in one message: they are few, and needed only once per optimizer step.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not dist.is_initialized() or not gradients:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Files written so that nobody, not even after a kill, sees a part of one: written aside, flushed, and renamed."""
+"""Files that nobody ever sees half-written, even after a kill: written under another name, flushed, and renamed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ultralytics.engine import trainer as ultralytics_trainer
 
 from yolo_cwd.run.shared import SharedChange
 
-PATIENCE = 2.0  # seconds to wait for a reader to close a file: Windows refuses to replace one that is open
+PATIENCE = 2.0  # seconds to wait until a reader closes a file: Windows refuses to replace an open one
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file so that nobody, not even after a kill, sees a part of it."""
+    """Write a file so that nobody ever sees a part of it, even after a kill."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     put(unfinished, file)
 
 
 def put(unfinished: Path, file: Path) -> None:
-    """Move a complete file to its name, after its content has reached the disk."""
-    with unfinished.open("r+b") as opened:  # Windows flushes only what may be written to
+    """Give a complete file its name, once its content has reached the disk."""
+    with unfinished.open("r+b") as opened:  # Windows flushes only files open for writing
         os.fsync(opened.fileno())
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -43,13 +43,13 @@ def put(unfinished: Path, file: Path) -> None:
 
 @contextmanager
 def checkpoints_written_whole(trainer: Any) -> Iterator[None]:
-    """Let a trainer of Ultralytics, which writes its checkpoints in place, write them elsewhere, and move them then.
+    """Let a trainer of Ultralytics, which writes its checkpoints in place, write them elsewhere; then move them.
 
     `last.pt` is moved last.
     """
     folder, last, best = trainer.wdir, trainer.last, trainer.best
     unfinished = folder / ".unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)  # what a kill has left
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a kill
     unfinished.mkdir(parents=True)
     trainer.wdir, trainer.last, trainer.best = unfinished, unfinished / last.name, unfinished / best.name
     try:
@@ -62,7 +62,7 @@ def checkpoints_written_whole(trainer: Any) -> Iterator[None]:
 
 
 class _Aside:
-    """The path of a file that is written aside, shown by the name that it will have."""
+    """The path of a temporary file that prints as its final name."""
 
     def __init__(self, unfinished: Path, file: Path) -> None:
         self.unfinished, self.file = unfinished, file
@@ -91,18 +91,18 @@ def _strip_whole() -> Callable[[], None]:
     return undo
 
 
-# Ultralytics strips the finished checkpoints, which it does in place, without a moment at which one is torn.
+# Lets Ultralytics, which strips finished checkpoints in place, strip them so that they are never torn.
 optimizers_stripped_whole = SharedChange(_strip_whole)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a kill has left in a folder while something was written there."""
+    """Remove temporary files that a kill has left in a folder."""
     for leftover in folder.glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def drop_rows_after(table: Path, epoch: int) -> None:
-    """Drop the rows of a `results.csv` that are of a later epoch (counted from 1), or that a kill has cut off."""
+    """Drop the rows of a `results.csv` that belong to a later epoch (counted from 1) or that a kill has torn."""
     if not table.exists():
         return
     header, *rows = table.read_text(encoding="utf-8").splitlines()
@@ -112,7 +112,7 @@ def drop_rows_after(table: Path, epoch: int) -> None:
 
 
 def widen(table: Path, columns: Sequence[str]) -> None:
-    """Give a `results.csv` these columns, nan in the rows that it has: a run may go on under a newer release."""
+    """Give a `results.csv` these columns, with nan in its old rows: a newer release may resume a run."""
     if not table.exists():
         return
     with table.open(encoding="utf-8", newline="") as file:

@@ -13,16 +13,16 @@ from ultralytics.cfg import get_save_dir
 
 
 class RunFolder:
-    """The folders that a run has made for itself, the innermost first; none for one that goes on in its own."""
+    """The folders that a run has made for itself, innermost first; none if the run resumes in its own."""
 
     def __init__(self) -> None:
-        """Start with none."""
+        """Start without folders."""
         self.made: list[Path] = []
 
     def claim(self, args: Any) -> str:
         """Make the folder that Ultralytics would choose, and return its path.
 
-        Ultralytics looks for a free name first and makes the folder later: two runs begun at once would get the same.
+        Ultralytics looks for a free name and makes the folder only later, so two runs started at once would share one.
 
         Args:
             args: The run's arguments.
@@ -39,7 +39,7 @@ class RunFolder:
 
     @contextmanager
     def removed_on_failure(self) -> Iterator[None]:
-        """Remove what has been made if an error, or an interrupt, passes through."""
+        """Remove what has been made if an error or an interrupt passes through."""
         try:
             yield
         except BaseException:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What Ultralytics refuses before a training begins, as one line that names the argument, its value and a remedy."""
+"""Turns what Ultralytics refuses before a training into one line with the argument, its value and a remedy."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 from yolo_cwd.config import ConfigError, first_line, unusable_data, unusable_model
 
-PLACES = {"get_dataset": "data", "get_dataloader": "data", "setup_model": "model"}  # functions by what they work on
+PLACES = {"get_dataset": "data", "get_dataloader": "data", "setup_model": "model"}  # what each function works on
 OPTIMIZERS = "auto, SGD, MuSGD, Adam, Adamax, AdamW, NAdam, RAdam, RMSProp"
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # what ends any training, begun or not
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # these end any training, even one that has begun
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
 def refusal(error: BaseException, arguments: Mapping[str, Any]) -> ConfigError:
-    """Return the error to raise for one that Ultralytics has raised while it set a training up.
+    """Return the error to raise for one that Ultralytics raised while setting up a training.
 
     Args:
         error: What was raised.
@@ -41,7 +41,7 @@ def refusal(error: BaseException, arguments: Mapping[str, Any]) -> ConfigError:
 
 
 def unusable_student(arguments: Mapping[str, Any], error: BaseException) -> ConfigError:
-    """Return the error to raise for a student that cannot be built, or whose `pretrained` weights cannot be loaded."""
+    """Return the error to raise for a student that cannot be built or whose `pretrained` weights cannot be loaded."""
     pretrained = arguments.get("pretrained")
     if isinstance(pretrained, str | Path) and not Path(pretrained).is_file():
         return unusable_model(f"pretrained={pretrained}", error, "give an existing .pt checkpoint, or True")
@@ -59,13 +59,25 @@ def require_autocast(amp: Any, device: Any) -> None:
         raise ConfigError(f"amp=bf16: Ultralytics has it on CUDA only, not on device={device}; use amp=False")
 
 
+def require_streams(teacher_forward: str, device: Any) -> None:
+    """Refuse a stream for the teacher on a device that has none.
+
+    Raises:
+        ConfigError: If it is asked for, and the device none of CUDA.
+    """
+    if teacher_forward == "stream" and device.type != "cuda":
+        raise ConfigError(
+            f"teacher_forward=stream: there are streams on CUDA only, not on device={device}; use teacher_forward=eager"
+        )
+
+
 def disk_is_full(error: BaseException) -> bool:
-    """Return whether nothing can be written any more."""
+    """Return whether an error means that nothing can be written any more."""
     return isinstance(error, OSError) and error.errno in FULL
 
 
 def unwritable(error: Any, argument: str, place: Any, remedy: str = "") -> ConfigError:
-    """Return the error to raise where a file cannot be written.
+    """Return the error to raise if a file cannot be written.
 
     Args:
         error: The `OSError` that was raised.

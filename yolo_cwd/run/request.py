@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a run was asked for: options told from arguments, checked, and those of an interrupted run taken up again."""
+"""What a run was asked for: separates options from arguments, checks them, and restores those of a resumed run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from yolo_cwd.run.state import RunState, load_state
 from yolo_cwd.tasks import ALL, Task, task_of_student
 
 EXTRA_ARGUMENTS = {"augmentations", "save_dir"}  # training arguments that Ultralytics takes without a default
-REPLACEABLE = {"teacher", "trust_teacher"}  # options that a resumed run may be given anew
+REPLACEABLE = {"teacher", "trust_teacher", "teacher_forward"}  # options that may change when a run resumes
 
 
 class Request(NamedTuple):
@@ -37,11 +37,11 @@ class Request(NamedTuple):
 
     Attributes:
         base: Ultralytics' arguments to start from.
-        arguments: Those that take precedence.
-        args: Both together, as Ultralytics checks them.
-        options: Our options as they were given, or as the resumed run had them.
+        arguments: Arguments that take precedence over them.
+        args: Both together, checked by Ultralytics.
+        options: Our options as given, or as the resumed run had them.
         settings: The same, checked, with the defaults filled in.
-        state: What a resumed run goes on from; empty for a new one.
+        state: What a resumed run continues from; empty for a new run.
     """
 
     base: dict[str, Any]
@@ -56,7 +56,7 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
     """Check what can be checked before a run folder exists.
 
     Args:
-        cfg: Base configuration: a YAML path, a dictionary or a namespace, with our options in it or without.
+        cfg: Base configuration: a YAML path, a dictionary or a namespace, with or without our options.
         overrides: Arguments and options that take precedence.
 
     Raises:
@@ -112,7 +112,7 @@ def _below(cfg: Any) -> dict[str, Any]:
 
 
 def data_of(args: Any) -> dict[str, Any]:
-    """Return the data set that the arguments of a training name, by Ultralytics' own rule.
+    """Return the data set that the arguments of a training name, resolved as Ultralytics does.
 
     Raises:
         ConfigError: If it cannot be used.
@@ -125,11 +125,11 @@ def data_of(args: Any) -> dict[str, Any]:
 
 
 def plain_options(settings: Settings, student: str, strides: Sequence[int]) -> dict[str, Any]:
-    """Return the options of a run as plain values, by which a resumed run finds the same.
+    """Return the options of a run as plain values, from which a resumed run restores them.
 
     Args:
         settings: The checked options.
-        student: What the student began from.
+        student: The model that the student started from.
         strides: The distilled levels.
     """
     teacher = settings.teacher
@@ -146,7 +146,7 @@ def plain_options(settings: Settings, student: str, strides: Sequence[int]) -> d
 
 
 def checkpoint_to_resume(resume: Any, model: Any) -> Path | None:
-    """Return the checkpoint that the arguments `resume` and `model` ask to go on from, or None for a new run.
+    """Return the checkpoint to resume from, named by the arguments `resume` and `model`, or None for a new run.
 
     `resume` alone means the latest run below the working directory, as in Ultralytics.
 
@@ -182,7 +182,7 @@ def student_path(student: Any, model: Any, default: Any) -> str:
     """Return the student's path from its two names, `student` and Ultralytics' `model`.
 
     Raises:
-        ConfigError: If both are given and differ, or if there is none.
+        ConfigError: If both are given and differ, or if none is given.
     """
     for name, value in {"student": student, "model": model}.items():
         if value and not isinstance(value, str | Path):
@@ -197,10 +197,10 @@ def student_path(student: Any, model: Any, default: Any) -> str:
 
 
 def refuse_unsupported(args: Any) -> None:
-    """Refuse the Ultralytics arguments that make no sense beside a teacher.
+    """Refuse Ultralytics arguments that make no sense with a teacher.
 
     Raises:
-        ConfigError: For the first of them.
+        ConfigError: For the first one found.
     """
     processes = WORLD_SIZE if RANK != -1 else len(parse_device(args.device).split(","))
     refusals: tuple[tuple[str, bool, str], ...] = (
@@ -228,9 +228,9 @@ def refuse_unsupported(args: Any) -> None:
 
 
 def _go_on_or_begin(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments by which a named run goes on where it stands, or begins if it has no checkpoint yet.
+    """Return the arguments that resume a named run, or start it if it has no checkpoint yet.
 
-    So that one command, given again by `torchrun --max-restarts` or a scheduler, brings a training to its end.
+    So one command, repeated by `torchrun --max-restarts` or a scheduler, brings a training to its end.
     """
     folder = get_save_dir(get_cfg(DEFAULT_CFG_DICT, {**arguments, "resume": False, "exist_ok": True}))
     last = folder / "weights" / "last.pt"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Changes of what all threads of a process share, such as a function of another module."""
+"""Changes to what all threads of a process share, such as a function of another module."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from threading import Lock
 
 
 class SharedChange:
-    """A change that the first who needs it makes, and the last undoes.
+    """A change that its first user makes and its last user undoes.
 
-    Saved and restored by everyone alone, what is shared would stay changed for good: the second saves what the first
-    has changed, and restores that after the first has ended.
+    If each user saved and restored on its own, the change could stay for good: a second user would save the changed
+    state, and restore it after the first user has ended.
     """
 
     def __init__(self, make: Callable[[], Callable[[], object]]) -> None:
-        """Make nothing yet.
+        """Prepare the change without making it.
 
         Args:
             make: Makes the change, and returns what undoes it.
@@ -25,7 +25,7 @@ class SharedChange:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Have the change made in the context."""
+        """Apply the change within the context."""
         with self._lock:
             if not self._users:
                 self._undo = self._make()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a distilled run needs to go on after an interruption.
+"""What a distilled run needs to resume after an interruption.
 
-Beside Ultralytics' `last.pt` lies `cwd.pt`: the options, and the adapters with their optimizer state for the last two
-epochs. It is written before `last.pt`, so that whichever epoch `last.pt` is of, its adapters are there. It holds
-tensors, numbers and strings only, and is read by torch's restricted loader.
+The file `cwd.pt`, beside Ultralytics' `last.pt`, holds the options, and the adapters with their optimizer state for the
+last two epochs. It is written before `last.pt`, so the adapters for the epoch of `last.pt` are always there. It holds
+only tensors, numbers and strings, and is read by torch's restricted loader.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ class RunState:
     """Options, and adapters with their optimizer state by epoch.
 
     Attributes:
-        options: The run's options as plain values; `teacher` is None where it was given as an object.
-        epochs: By epoch (counted from 0) the adapters' parameters and their optimizer state, on the CPU.
+        options: The run's options as plain values; `teacher` is None if it was given as an object.
+        epochs: For each epoch (counted from 0), the adapters' parameters and their optimizer state, on the CPU.
         measured: What the gradient meter had measured at the end of the restored epoch.
-        start: By level the divergence of every channel on a few images before training [N, C]; empty without `plots`.
+        start: For each level, the divergence of every channel on a few images before training [N, C]; empty without
+            `plots`.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class RunState:
         epochs: Mapping[int, Any] | None = None,
         start: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Start with what is known."""
+        """Start with what is known so far."""
         self.measured: list[list[float]] = []
         self.options = dict(options)
         self.epochs: dict[int, Any] = dict(epochs or {})
@@ -58,10 +59,10 @@ class RunState:
         self.epochs = {e: self.epochs[e] for e in sorted(self.epochs) if epoch - KEPT_EPOCHS < e <= epoch}
 
     def restore(self, epoch: int, adapters: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put the adapters and their optimizer state back to the end of an epoch.
+        """Restore the adapters and their optimizer state as they were at the end of an epoch.
 
         Raises:
-            ConfigError: If the epoch is not kept, or if the adapters are of other shapes.
+            ConfigError: If the epoch is not kept, or if the adapters have other shapes.
         """
         if epoch not in self.epochs:
             kept = " and ".join(str(e + 1) for e in self.epochs)
@@ -96,7 +97,7 @@ def _to_cpu(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_state(checkpoint: Path) -> RunState:
-    """Return the state that lies beside a checkpoint.
+    """Return the state saved beside a checkpoint.
 
     Raises:
         ConfigError: If there is none, or if it cannot be read.

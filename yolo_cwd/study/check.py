@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a distilled training would be and cost, and whether its teacher is worth it, before a day is spent on it.
+"""`yolo_cwd check`: what a distilled training would do and cost, and whether its teacher is worth it.
 
-The training is set up in full, in a folder that is removed again, and makes a few steps. advice.py puts into words what
-it finds.
+The training is set up in full, in a folder that is removed again, and runs a few steps. advice.py puts the findings
+into words.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from yolo_cwd.study.score import knows, score
 from yolo_cwd.trainer import CWDTrainer
 
 MADE_UP = "made-up images"
-FIXED = 100.0  # a weight to compare with: the default of version 0.1
+FIXED = 100.0  # a fixed weight to compare with: the default of version 0.1
 BATCHES = 2
-TURNS = 3  # steps on each batch, of which the first warms up
+TURNS = 3  # steps on each batch; the first is for warming up
 
 
 class Trial(Unheard, CWDTrainer):
-    """A trainer that is set up and makes a few steps, on made-up images if need be."""
+    """A trainer that is set up and runs a few steps, on made-up images if no data are given."""
 
     unlabeled: Survey | None = None
     completed: str | None = None
 
     def label_pool(self, args: Any) -> None:
-        """Count the images that the teacher would label, and leave them as they are."""
+        """Count the images that the teacher would label, without labelling them."""
         store.whole_teacher(self.cwd, self.task.name)
         args.data = None if args.data == MADE_UP else args.data
         if self.cwd.complete_labels:
@@ -58,12 +58,12 @@ class Trial(Unheard, CWDTrainer):
             self.unlabeled = store.count(self.cwd, args)
 
     def get_dataset(self) -> Any:
-        """Resolve `data`, or make up two full batches of digits, labelled with the student's first classes."""
+        """Resolve `data`, or make up two full batches of digits that suit the student's classes."""
         if self.args.batch < 1:
             raise ConfigError(f"batch={self.args.batch}: a check measures a given one, such as batch=16")
         if self.args.data == MADE_UP:
             names = {0: "object"}
-            with suppress(Exception):  # what is wrong with the student is said where it is built
+            with suppress(Exception):  # the building of the student reports any fault
                 names = YOLO(self.args.model).names
             images = {"train": BATCHES * self.args.batch, "val": 4}
             file = digits.build(self.save_dir, images, task=self.task.name)
@@ -76,7 +76,7 @@ class Trial(Unheard, CWDTrainer):
 
 
 def _relabel(folder: Path, classes: int) -> None:
-    """Let no label be of another class than the first so many."""
+    """Change labels so that only the first so many classes occur."""
     for labels in folder.glob("labels/*/*.txt"):
         rows = re.sub(r"^\d+", "0", labels.read_text(encoding="utf-8"), flags=re.MULTILINE)
         labels.write_text(rows, encoding="utf-8")
@@ -106,14 +106,14 @@ def run(words: dict[str, Any]) -> None:
 
 
 def examine(words: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return all that is found out about a training, as plain values.
+    """Return all findings about a training, as plain values.
 
     Args:
-        words: Its arguments and options. Without `data`, the steps are taken on the embedded digits.
-        folder: A folder for passing files.
+        words: Its arguments and options. Without `data`, the steps run on the embedded digits.
+        folder: A folder for temporary files.
 
     Raises:
-        ConfigError: If the training could not begin, or its step does not fit into the GPU.
+        ConfigError: If the training could not begin, or a step does not fit into the GPU.
     """
     embedded = words.get("data") is None
     _say("building the models")
@@ -178,7 +178,7 @@ def _knows_the_data(trainer: CWDTrainer, model: str) -> bool:
     """Return whether a checkpoint has been trained for this task, on the classes of the data."""
     if model.endswith(".pt"):
         return knows(model, trainer.task, trainer.data["names"])
-    return bool(trainer.teacher.names == trainer.data["names"])  # an untrained one: it has no score
+    return bool(trainer.teacher.names == trainer.data["names"])  # an untrained model has no score
 
 
 def _score(model: str, arguments: dict[str, Any], folder: Path) -> float | None:
@@ -201,10 +201,10 @@ def _levels(trainer: CWDTrainer) -> list[dict[str, Any]]:
 
 
 def _cost(trainer: CWDTrainer) -> dict[str, Any]:
-    """Return the time of a step and the memory it needs, plain and distilled, on the same batches.
+    """Return the time and memory of a step, plain and distilled, on the same batches.
 
-    The memory of a plain step is without teacher and adapters, which lie there already; the time of a distilled one is
-    the mean over the batches that `cwd_every` distils and those it does not.
+    The memory of a plain step excludes teacher and adapters, which are already loaded. The time of a distilled step is
+    the mean over batches that `cwd_every` distils and batches that it skips.
     """
     assert trainer.criterion is not None
     _say("timing steps")
@@ -215,7 +215,7 @@ def _cost(trainer: CWDTrainer) -> dict[str, Any]:
     times: dict[str, list[float]] = {arm: [] for arm in weights}
     try:
         for turn in range(TURNS):
-            for arm, weight in weights.items():  # the plain step first: memory once taken is not always given back
+            for arm, weight in weights.items():  # the plain step first: memory, once taken, is not always released
                 trainer.criterion.weight = weight
                 with _peak(trainer.device) as peak:
                     for batch in batches:
@@ -239,10 +239,10 @@ def _cost(trainer: CWDTrainer) -> dict[str, Any]:
 
 
 def _step(trainer: CWDTrainer, raw: dict[str, Any]) -> float:
-    """Make a step of the training on a batch of its loader, and return its seconds."""
+    """Run one training step on a batch of its loader, and return the seconds it takes."""
     wait_for(trainer.device)
     begin = time.perf_counter()
-    trainer._batches = 0  # distil this one, whatever cwd_every
+    trainer._batches = 0  # distil this batch, whatever cwd_every is
     with autocast(torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp, device=trainer.device.type):
         loss, _ = trainer.model(trainer.preprocess_batch(dict(raw)))
     trainer.scaler.scale(loss.sum()).backward()
@@ -253,7 +253,7 @@ def _step(trainer: CWDTrainer, raw: dict[str, Any]) -> float:
 
 @contextmanager
 def _peak(device: torch.device) -> Iterator[list[int]]:
-    """Put into a list the peak of memory in bytes: what PyTorch holds on a GPU, or what the process does elsewhere."""
+    """Yield a list that receives the peak memory in bytes: PyTorch's on a GPU, the process's elsewhere."""
     found = [0]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

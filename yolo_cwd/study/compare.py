@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """`yolo_cwd compare`: did distillation help on this data, and by how much beyond luck?
 
-Every arm (a named set of options) is trained with every seed under the same schedule and data, into one folder:
+It trains every arm (a named set of options) with every seed, under the same schedule and data, into one folder:
 
-    comparison.yaml            what is compared; the same words again go on where they were interrupted, and other arms
-                               and seeds are added to it
-    runs/<arm>-<seed>/         one Ultralytics run each; one that was killed goes on from its last epoch
+    comparison.yaml            what is compared; the same command resumes it, and new arms and seeds are added to it
+    runs/<arm>-<seed>/         one Ultralytics run each; a killed run resumes from its last epoch
     results/<arm>-<seed>.json  its scores, written when the run is complete; results/teacher.json for the teacher
-    locks/                     one lock a run; the operating system frees it when its process dies
+    locks/                     one lock per run; the operating system frees it when the process dies
     summary.* and *.png        see summary.py
 
 Several processes may work on one folder: each takes the first run that is neither complete nor locked.
@@ -66,10 +65,10 @@ POLL_SECONDS = 2.0
 
 
 class Arm(NamedTuple):
-    """A named way of training: one of `METHODS`, with arguments and options of its own, teacher and student included.
+    """A named way of training: one of `METHODS`, with its own arguments and options, which may include the models.
 
     Attributes:
-        name: What it is shown as.
+        name: The name it is shown by.
         method: One of `METHODS`.
         arguments: Its arguments and options.
         against: The arm that its scores are compared with.
@@ -87,11 +86,11 @@ class Comparison:
 
     Attributes:
         folder: Where everything goes.
-        teacher: Checkpoint to learn from.
+        teacher: The checkpoint to learn from.
         arguments: Training arguments and options that all arms share.
-        arms: The arms, in the order they are trained and shown in.
-        seeds: Every arm is trained once with each.
-        split: The split on which the finished models are scored.
+        arms: The arms, in the order in which they are trained and shown.
+        seeds: The seeds; every arm is trained once with each.
+        split: The split that the finished models are scored on.
         task: The task of the student.
     """
 
@@ -142,13 +141,13 @@ class Comparison:
         return cls(Path(folder).resolve(), str(teacher), shared, arms, seeds, split, task)
 
     def runs(self) -> Iterator[tuple[Arm, int]]:
-        """Yield arm and seed of every run: all arms of a seed before the next seed, so that all arms grow together."""
+        """Yield arm and seed of every run: all arms of one seed before the next seed, so that they advance together."""
         for seed in self.seeds:
             for arm in self.arms:
                 yield arm, seed
 
     def teacher_of(self, arm: Arm) -> str:
-        """Return the checkpoint that an arm learns from, its own or that of all."""
+        """Return the checkpoint that an arm learns from: its own, or the one for all arms."""
         return model_path("teacher", str(arm.arguments.get("teacher", self.teacher)))
 
     def result_file(self, name: str) -> Path:
@@ -156,7 +155,7 @@ class Comparison:
         return self.folder / "results" / f"{name}.json"
 
     def record(self) -> dict[str, Any]:
-        """Return all that decides the outcome, as plain values."""
+        """Return everything that decides the outcome, as plain values."""
         return {
             "task": self.task.name,
             "teacher": self.teacher,
@@ -204,12 +203,12 @@ def parse_seeds(value: Any) -> tuple[int, ...]:
 def parse_arms(value: Any) -> tuple[Arm, ...]:
     """Return the arms of `plain,cwd:tau=2,cwd=20,builtin`, or of a YAML file that maps names to option sets.
 
-    In words, an arm of another name (`warm:tau=4`) is one of the method `cwd`. In the file, an option set may name its
-    `method`; otherwise the arm's name must be one of `METHODS`. It may
-    also name a `teacher` and a `student` of its own, and `against`, the arm that it is compared with.
+    On the command line, an arm with another name (`warm:tau=4`) uses the method `cwd`. In a file, an option set may
+    name its `method`; otherwise the arm's name must be one of `METHODS`. Options may include a `teacher` and a
+    `student`, and `against`, the arm to compare with.
 
     Raises:
-        ConfigError: If there is no arm, two of one name, an unknown method, or an unknown option.
+        ConfigError: If there is no arm, two with the same name, an unknown method, or an unknown option.
     """
     sets = _arms_of_file(value) if str(value).endswith((".yaml", ".yml")) else _arms_of_words(value)
     arms = []
@@ -243,7 +242,7 @@ def _arms_of_words(value: Any) -> list[tuple[str, dict[str, Any]]]:
     words = value if isinstance(value, list | tuple) else str(value).split(",")
     for word in (str(w).strip() for w in words if str(w).strip()):
         start, colon, rest = word.partition(":")
-        if "=" in start and sets:  # cwd:tau=2,cwd=20 reads on after its comma
+        if "=" in start and sets:  # cwd:tau=2,cwd=20 continues after its comma
             name, arguments = sets.pop()
             sets.append((f"{name},{word}", arguments))
             rest = word
@@ -265,7 +264,7 @@ def _arms_of_file(value: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def run(words: dict[str, Any]) -> dict[str, Any]:
-    """Train what is missing of a comparison, and return its summary.
+    """Train the missing runs of a comparison, and return its summary.
 
     Args:
         words: The arguments of the command.
@@ -281,14 +280,14 @@ def run(words: dict[str, Any]) -> dict[str, Any]:
     score_teacher(comparison, classes)
     while waiting := [(arm, seed) for arm, seed in comparison.runs() if not _done(comparison, arm, seed)]:
         if not any(_train_if_free(comparison, arm, seed) for arm, seed in waiting):
-            time.sleep(POLL_SECONDS)  # other processes have all that is left: wait, one of them may die
+            time.sleep(POLL_SECONDS)  # other processes have the remaining runs: wait, since one of them may die
     summary = write_summary(comparison.folder)
     print(f"\n{as_text(table(summary))}\n\n{summary['verdict']}\nSummary and pictures: {comparison.folder}")
     return summary
 
 
 def rehearse(comparison: Comparison) -> None:
-    """Set up a run of every arm that has one to do, so that what cannot be trained is refused before the first one.
+    """Set up one run of every unfinished arm, so that what cannot be trained is refused before the first run.
 
     Raises:
         ConfigError: If one of them, or the teacher, cannot be used.
@@ -314,7 +313,7 @@ def _done(comparison: Comparison, arm: Arm, seed: int) -> bool:
 
 
 def _claim_folder(comparison: Comparison) -> None:
-    """Make the folder, or add new arms and seeds to the comparison that it holds."""
+    """Make the folder, or add new arms and seeds to the comparison in it."""
     try:
         for name in ("runs", "results", "locks"):
             (comparison.folder / name).mkdir(parents=True, exist_ok=True)
@@ -333,7 +332,7 @@ def _claim_folder(comparison: Comparison) -> None:
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Return the names of what two records have in common but not alike."""
+    """Return the names of what differs between two records, except arms and seeds that only one of them has."""
     here, there = ({**r["arguments"], "teacher": r["teacher"], "split": r["split"]} for r in (ours, theirs))
     arms = [f"arm {arm}" for arm in ours["arms"].keys() & theirs["arms"] if ours["arms"][arm] != theirs["arms"][arm]]
     return sorted(n for n in here | there if n not in here.keys() & there or here[n] != there[n]) + sorted(arms)
@@ -354,7 +353,7 @@ def _locked(comparison: Comparison, name: str, wait: bool = False) -> Iterator[b
 
 
 def _train_if_free(comparison: Comparison, arm: Arm, seed: int) -> bool:
-    """Train one run unless another process does or did; return whether it is complete."""
+    """Train one run unless another process does or did so; return whether it is complete."""
     name = _name(arm, seed)
     with _locked(comparison, name) as free:
         if free and not _done(comparison, arm, seed):
@@ -391,7 +390,7 @@ def train_arm(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
 
 
 def _overrides(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
-    """Return all arguments of a run, and the options of a distilled one."""
+    """Return all arguments of a run, including the options of a distilled one."""
     words = {**comparison.arguments, **arm.arguments, "teacher": comparison.teacher_of(arm), "seed": seed}
     words |= {"project": str(comparison.folder / "runs"), "name": _name(arm, seed), "exist_ok": True}
     if arm.method == "cwd":
@@ -400,7 +399,7 @@ def _overrides(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
 
 
 def _train(method: str, task: Task, words: dict[str, Any], folder: Path) -> float:
-    """Make a run, or what a kill has left to do of it, and return the seconds it has taken in all."""
+    """Do a run, or what remains of a killed one, and return the seconds it has taken in all."""
     left = _left_by_a_kill(folder)
     if left is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -426,17 +425,17 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 class Left(NamedTuple):
-    """What a killed run has left: the seconds its complete epochs have taken, and whether those are all."""
+    """What a killed run has left: the seconds its complete epochs took, and whether those are all epochs."""
 
     seconds: float
     complete: bool
 
 
 def _left_by_a_kill(folder: Path) -> Left | None:
-    """Return what a run has left that was killed in training or before it was scored, or None if it has to begin.
+    """Return what is left of a run that was killed before it was scored, or None if it has to start again.
 
-    It begins again if the checkpoint is torn (Ultralytics writes it in place), or was made in another place, where the
-    rest would go to, or under a limit of time, which would begin anew.
+    It starts again if its checkpoint is torn (Ultralytics writes it in place); if it was made in another folder, where
+    the rest would then go; or if it has a time limit, which would start anew.
     """
     try:
         checkpoint = load_checkpoint(folder / "weights" / "last.pt")[1]
@@ -451,13 +450,13 @@ def _left_by_a_kill(folder: Path) -> Left | None:
 
 
 def _seconds(rows: list[dict[str, float]]) -> float:
-    """Return the time of all epochs in `results.csv`, whose clock starts anew where a run was resumed."""
+    """Return the time of all epochs in `results.csv`, whose clock restarts whenever the run is resumed."""
     times = [row["time"] for row in rows]
     return sum(now for now, following in pairwise([*times, 0.0]) if following < now)
 
 
 def score_teacher(comparison: Comparison, classes: dict[int, str]) -> None:
-    """Score the teacher once, or note that it has no score because its task or its classes are others."""
+    """Score the teacher once, or note that it has no score because its task or its classes differ."""
     file = comparison.result_file("teacher")
     with _locked(comparison, "teacher", wait=True):
         if not file.exists():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""`yolo_cwd label`: what would the teacher call the images that nobody has annotated?
+"""`yolo_cwd label`: what would the teacher's labels for unlabelled images look like?
 
-The first step of a training with `unlabeled=` or `complete_labels=True` alone, to be looked at before. The training
-uses these labels again.
+This is the first step of a training with `unlabeled=` or `complete_labels=True`, on its own, so that the user can look
+at the labels beforehand. The training then uses the same labels.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from yolo_cwd.pool import complete, store
 from yolo_cwd.pool.images import evenly, images_of_data, list_images
 from yolo_cwd.study.advice import WIDTH
 
-SHEET = 9  # images of which the labels are drawn
-COMPARED = 64  # validation images that the teacher's confidence is measured on
-FAR_LOWER = 0.75  # of the confidence on the validation images
+SHEET = 9  # images that are drawn with their labels
+COMPARED = 64  # validation images to measure the teacher's usual confidence on
+FAR_LOWER = 0.75  # as a share of the confidence on the validation images
 
 
 def run(words: dict[str, Any]) -> store.Pool:
     """Label images and print what was found.
 
     Args:
-        words: `teacher`, `source` (or `unlabeled`), `data` if there are, and the options and arguments that matter.
-            Without `source`, with `complete_labels`, the images are those of the data.
+        words: `teacher`, `source` (or `unlabeled`), optionally `data`, and any options and arguments that matter.
+            Without `source`, but with `complete_labels`, the images are those of the data.
 
     Raises:
         ConfigError: If they cannot be labelled.
@@ -61,7 +61,7 @@ def run(words: dict[str, Any]) -> store.Pool:
 
 
 def as_text(pool: store.Pool, settings: Settings, sheet: Path) -> str:
-    """Return what is in a pool in words and a table."""
+    """Return the contents of a pool in words and a table."""
     found = pool.found
     lines = [f"{found.images:,} images {'labelled' if settings.unlabeled else 'completed'} by {settings.teacher}"]
     added = "" if settings.unlabeled else " more"
@@ -76,7 +76,7 @@ def as_text(pool: store.Pool, settings: Settings, sheet: Path) -> str:
 
 
 def _draw(pool: store.Pool, args: Any) -> Path:
-    """Draw some images with their labels as a training reads them, and return where."""
+    """Draw some images with their labels, as a training reads them, and return the picture's path."""
     listed = pool.data.with_suffix(".txt")
     sample = listed.with_name(f"{listed.stem}-drawn.txt")
     sample.write_text("\n".join(map(str, evenly(list_images([str(listed)]), SHEET))), encoding="utf-8")
@@ -90,7 +90,7 @@ def _draw(pool: store.Pool, args: Any) -> Path:
 
 
 def _usual_confidence(teacher: YOLO, settings: Settings, args: Any) -> float:
-    """Return the mean confidence of what a teacher finds in validation images; 0 if there are none."""
+    """Return the mean confidence of the objects a teacher finds in validation images; 0 if there are none."""
     if not args.data:
         return 0.0
     images = evenly(images_of_data(check_det_dataset(str(args.data))).held_out, COMPARED)
@@ -101,7 +101,7 @@ def _usual_confidence(teacher: YOLO, settings: Settings, args: Any) -> float:
 
 
 def _warnings(found: store.Found, names: dict[int, str], usual: float) -> list[str]:
-    """Return what speaks against a training on these labels."""
+    """Return warnings about a training on these labels."""
     warnings = []
     absent = [name for name in names.values() if not found.objects.get(name)]
     if found.task != "depth" and absent:

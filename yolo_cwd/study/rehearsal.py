@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A training that is set up as it would begin, in a folder that is removed again, and that no logger hears of."""
+"""A training that is set up as if to begin, in a folder that is removed again, without the loggers noticing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from yolo_cwd.run.shared import SharedChange
 from yolo_cwd.tasks import Task
 from yolo_cwd.trainer import CWDTrainer
 
-PASSING = {  # keeps what a rehearsal writes in its folder, and the images in memory those of the step
+PASSING = {  # keeps everything a rehearsal writes in its folder, and only the images of a step in memory
     "name": "run",
     "plots": False,
     "verbose": False,
@@ -33,19 +33,19 @@ PASSING = {  # keeps what a rehearsal writes in its folder, and the images in me
 
 
 class Unheard:
-    """A trainer that runs no callbacks: Ultralytics' loggers begin a run of theirs."""
+    """A trainer that runs no callbacks, since Ultralytics' loggers would start a run of their own."""
 
     def run_callbacks(self, event: str) -> None:
-        """Run none."""
+        """Do nothing."""
 
 
 def plain_rehearsal(task: Task) -> type[Any]:
-    """Return the trainer of a task by Ultralytics alone, unheard."""
+    """Return Ultralytics' own trainer for a task, without callbacks."""
     return type("PlainRehearsal", (Unheard, task.trainer), {})
 
 
 class DistilledRehearsal(Unheard, CWDTrainer):
-    """A distilled training with all that can be refused of it, and without what takes time."""
+    """A distilled training that checks everything that can be refused, and skips what takes time."""
 
     def _setup_train(self) -> None:
         super(DistillingTrainer, self)._setup_train()
@@ -56,7 +56,7 @@ class DistilledRehearsal(Unheard, CWDTrainer):
 def _be_silent() -> Callable[[], None]:
     level, stdout = LOGGER.level, sys.stdout
     LOGGER.setLevel("ERROR")
-    sys.stdout = sys.stderr  # progress bars are no findings
+    sys.stdout = sys.stderr  # progress bars are not findings
 
     def undo() -> None:
         LOGGER.setLevel(level)
@@ -66,7 +66,7 @@ def _be_silent() -> Callable[[], None]:
     return undo
 
 
-silence = SharedChange(_be_silent)  # Ultralytics tells of a training that is none
+silence = SharedChange(_be_silent)  # Ultralytics would report a training that never happens
 
 
 @contextmanager
@@ -77,12 +77,12 @@ def passing_folder() -> Iterator[Path]:
 
 
 def set_up(trainer_class: type[Any], words: dict[str, Any], folder: Path) -> Any:
-    """Return a trainer that could begin its first step.
+    """Return a trainer that is ready for its first step.
 
     Args:
         trainer_class: Its class.
         words: Its arguments and options.
-        folder: A passing folder.
+        folder: A temporary folder.
 
     Raises:
         ConfigError: If the training could not begin.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The score of a checkpoint, as Ultralytics' own `val` finds it with the arguments of the training."""
+"""Scores a checkpoint as Ultralytics' own `val` does, with the arguments of the training."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ OF_TRAINING = {
     "compile",
     "resume",
     "save_dir",
-}  # arguments with no or another meaning in `val`
+}  # arguments that mean nothing, or something else, in `val`
 SILENT = {"exist_ok": True, "plots": False, "verbose": False, "save_json": False, "save_txt": False, "cache": False}
 
 
 def score(weights: Path | str, arguments: dict[str, Any], split: str, folder: Path) -> dict[str, Any]:
-    """Return the two scores of a checkpoint for its task, and the first by class, as Ultralytics' `val` finds them.
+    """Return the two scores of a checkpoint for its task, and the first score by class, as Ultralytics' `val` does.
 
     Args:
         weights: The checkpoint.
-        arguments: All arguments of its training; those that matter to a score count here too.
+        arguments: All arguments of its training; those that affect a score apply here too.
         split: The split to score it on.
         folder: For Ultralytics' own use.
     """
@@ -48,7 +48,7 @@ def score(weights: Path | str, arguments: dict[str, Any], split: str, folder: Pa
 
 
 def _by_class(metrics: Any, task: Task) -> dict[str, float]:
-    """Return the task's score by class, of the classes that occur."""
+    """Return the task's score for each class that occurs."""
     if task.name == "depth":
         return {}
     if task.name == "semantic":
@@ -59,7 +59,7 @@ def _by_class(metrics: Any, task: Task) -> dict[str, float]:
 
 
 def classes_of_data(arguments: dict[str, Any], split: str, task: Task) -> dict[int, str]:
-    """Return the classes of the data as a training with these arguments sees them, by Ultralytics' own rule.
+    """Return the classes of the data as a training with these arguments sees them, resolved as Ultralytics does.
 
     Raises:
         ConfigError: If the data cannot be used, or have no such split.
@@ -75,6 +75,6 @@ def classes_of_data(arguments: dict[str, Any], split: str, task: Task) -> dict[i
 
 
 def knows(model: str, task: Task, classes: dict[int, str]) -> bool:
-    """Return whether a checkpoint is one of a task, and of these classes, so that it has a score there."""
+    """Return whether a checkpoint has the given task and classes, and so a score."""
     trained = YOLO(model)
     return bool(trained.task == task.name and (task.name == "depth" or trained.names == classes))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """What a comparison has shown: statistics over seeds, a table in four formats, and three pictures.
 
-Differences to `plain` are paired: both trainings of a seed share their initial weights and the order of their images,
-and what is left of luck shows in the spread of the differences. The 95 % interval is Student's t over the seeds,
-`mean +- t(0.975, n - 1) * sd / sqrt(n)`, which takes the differences as normally distributed; one seed gives none.
+Differences to `plain` are paired: both trainings of a seed share their initial weights and the order of their images.
+The remaining luck shows in the spread of the differences. The 95 % interval is Student's t over the seeds,
+`mean +- t(0.975, n - 1) * sd / sqrt(n)`, which assumes normally distributed differences; one seed gives no interval.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def paired_interval(differences: list[float]) -> tuple[float, float] | None:
     """Return the 95 % confidence interval of the mean of paired differences, or None for fewer than two.
 
     Args:
-        differences: One difference a seed.
+        differences: One difference per seed.
     """
     n = len(differences)
     if n < 2:
@@ -73,14 +73,14 @@ def summarize(
         arms: Names in the order to show them.
         teacher: The teacher's scores.
         results: The scores of the complete runs.
-        against: By arm the one that it is compared with, where that is not `plain`.
-        task: The task, whose scores they are.
+        against: For each arm that is not compared with `plain`, the arm it is compared with.
+        task: The task that the scores are for.
 
     Returns:
-        For each arm the number of runs, mean and standard deviation of the score (0 to 1), mean of the second score,
-        the paired gain over the arm it is compared with and its interval (above 0 where the arm is better, whether
-        more or less of the score is), the share of the gap to the teacher that it closes, the ratio of the training
-        times, and the gain by class; and a verdict on the teacher.
+        A verdict on the teacher, and for each arm: the number of runs, mean and standard deviation of the score (0 to
+        1), the mean of the second score, the paired gain over the arm it is compared with and its interval (above 0 if
+        the arm is better, even where a lower score is), the share of the gap to the teacher that it closes, the ratio
+        of the training times, and the gain by class.
     """
     by_arm = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for arm in arms}
     lines = {}
@@ -127,7 +127,7 @@ def _ratio(ours: list[float], theirs: list[float]) -> float | None:
 
 
 def verdict(teacher: dict[str, Any] | None, plain: dict[str, Any] | None, score: Score) -> str:
-    """Say in plain words whether this teacher has anything to teach."""
+    """Say whether this teacher has anything to teach."""
     if plain is None:
         return "Without an arm named plain there is nothing to compare with."
     if teacher is None:
@@ -139,10 +139,10 @@ def verdict(teacher: dict[str, Any] | None, plain: dict[str, Any] | None, score:
 
 
 def write_summary(folder: Path) -> dict[str, Any]:
-    """Write the summary of a comparison's complete runs in all its forms, and return it.
+    """Write the summary of a comparison's complete runs in all formats, and return it.
 
     Args:
-        folder: The comparison's folder, with what is compared in its `comparison.yaml`.
+        folder: The comparison's folder; its `comparison.yaml` says what is compared.
     """
     record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
     teacher, results = load_results(folder)

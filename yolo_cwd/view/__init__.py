@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a person looks at while a model trains and afterwards: sentences and pictures."""
+"""What people look at during a training and after it: sentences and pictures."""

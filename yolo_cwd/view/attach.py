@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Sentences and pictures join a training by Ultralytics' own callbacks; the training knows nothing of them."""
+"""Attaches sentences and pictures to a training through Ultralytics' callbacks; the training is unaware of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OTHER_CLASSES = "the teacher's classes are not those of the data; a teacher trai
 
 
 def attach(trainer: Any) -> None:
-    """Let a `DistillingTrainer` say and show what it does, in the first process alone."""
+    """Make a `DistillingTrainer` say and show what it does, in the first process only."""
     if RANK not in {-1, 0}:
         return
     trainer.add_callback("on_train_start", announce)
@@ -24,7 +24,7 @@ def attach(trainer: Any) -> None:
         trainer.add_callback("on_train_start", plots.remember_start)
         trainer.add_callback("on_train_epoch_end", plots.show_first_epoch)
         at_end = [plots.show_end, conclude]
-    trainer.callbacks["on_train_end"][:0] = at_end  # before the loggers, which collect the pictures there
+    trainer.callbacks["on_train_end"][:0] = at_end  # before the loggers, which then collect the pictures
 
 
 def announce(trainer: Any) -> None:
@@ -41,7 +41,7 @@ def announce(trainer: Any) -> None:
 
 
 def conclude(trainer: Any) -> None:
-    """Say what came of it."""
+    """Say how the run went."""
     with plots.never_fatal("sentence on the outcome"):
         curves = report.read_curves(trainer.csv, trainer.weights_by_level, trainer.task.score)
         _say(trainer, report.outcome(curves, trainer.task.score))

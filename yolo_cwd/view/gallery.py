@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What several models see in the same images, side by side."""
+"""What several models find in the same images, side by side."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def draw_side_by_side(
     """Draw a row for each image and a column for each model, with what the model finds in it.
 
     Args:
-        file: Where to.
+        file: The file to write.
         images: The images.
-        models: Checkpoints by what stands above their column.
-        size: Pixels of the images that the models see.
-        confidence: The least confidence of what is drawn, 0 to 1.
-        labels: Whether the names of the classes are drawn; each has its colour anyway.
+        models: Checkpoints by the title of their column.
+        size: Size in pixels at which the models see the images.
+        confidence: Lowest confidence of an object to draw, 0 to 1.
+        labels: Whether to draw class names; each class has its own colour anyway.
     """
     from matplotlib import pyplot as plt
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Pictures of what is distilled, for the run folder: the curves, the maps of teacher and student, and their distance.
 
-The maps are those of a few validation images, as seen by the EMA of the student (what the checkpoints hold; it is
-always in evaluation mode) through the adapters, without gradient. Nothing of the training is touched: no mode, no
-statistics, no random number.
+The maps show a few validation images as the averaged student (EMA) sees them through the adapters, without gradient.
+The EMA is what the checkpoints hold, and is always in evaluation mode. Drawing changes nothing in the training: no
+mode, no statistics, no random number.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from yolo_cwd.method.fpn import head_inputs
 from yolo_cwd.method.loss import log_distribution
 from yolo_cwd.view.report import Curves, read_curves
 
-# Told apart by colour-blind eyes (Okabe and Ito).
+# Distinguishable for colour-blind readers (Okabe and Ito).
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 P = ParamSpec("P")
-IMAGES = 4  # validation images that are looked at
-CHANNELS = 1  # channels of a level that are shown
+IMAGES = 4  # validation images to show
+CHANNELS = 1  # channels to show per level
 START, END = COLOURS[5], COLOURS[1]
 
 
@@ -37,8 +37,8 @@ class View(NamedTuple):
     Attributes:
         name: The level's name.
         divergence: Divergence of every channel on every image [N, C], in nats.
-        channels: The K channels that are shown.
-        teacher: Their probability maps [N, K, H, W].
+        channels: The K channels to show.
+        teacher: The teacher's probability maps for them [N, K, H, W].
         student: The student's.
     """
 
@@ -50,14 +50,14 @@ class View(NamedTuple):
 
 
 def drawn(draw: Callable[P, None]) -> Callable[P, None]:
-    """Let a function draw with Ultralytics' fonts and backend."""
+    """Make a function draw with Ultralytics' fonts and backend."""
     decorated: Callable[P, None] = plt_settings({"font.size": 11})(draw)
     return decorated
 
 
 @contextmanager
 def never_fatal(what: str) -> Iterator[None]:
-    """Turn an error into a warning: no training is worth losing for a picture."""
+    """Turn an error into a warning: a failed picture must not end a training."""
     try:
         yield
     except Exception as error:
@@ -65,29 +65,29 @@ def never_fatal(what: str) -> Iterator[None]:
 
 
 def channel_divergences(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
-    """Return the divergence of every channel [N, C] of maps [N, C, H, W]; its mean is the criterion's."""
+    """Return the divergence of every channel [N, C] of maps [N, C, H, W]; the mean is the criterion's value."""
     log_q, log_p = log_distribution(student, tau), log_distribution(teacher, tau)  # [N, C, HW]
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0) * tau**2
 
 
 def probability_maps(maps: Tensor, tau: float) -> Tensor:
-    """Return the probability of every position of each channel, [N, C, H, W]; a channel's sum to 1."""
+    """Return the probability of every position in each channel, [N, C, H, W]; each channel sums to 1."""
     return log_distribution(maps, tau).exp().view(maps.shape)
 
 
 def most_divergent(divergence: Tensor, count: int = CHANNELS) -> list[int]:
-    """Return the channels of most divergence, by the mean over the images of [N, C], the greatest first."""
+    """Return the channels with the largest divergence, averaged over the images of [N, C], largest first."""
     order: list[int] = divergence.mean(0).nan_to_num(nan=-1.0).argsort(descending=True, stable=True).tolist()
     return order[:count]
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """Return some items, spread evenly over a sequence: nobody has picked them."""
+    """Return some items, spread evenly over a sequence, so that none is hand-picked."""
     return [items[i] for i in sorted({i * len(items) // count for i in range(count)})]
 
 
 def probe_images(dataset: Any, size: int) -> Tensor:
-    """Return a few images [N, C, size, size] in 0 to 1, spread over a data set of Ultralytics, without augmentation."""
+    """Return a few unaugmented images [N, C, size, size] in 0 to 1, spread over a data set of Ultralytics."""
     chosen = spread(range(len(dataset)), IMAGES)
     images = [LetterBox((size, size))(image=dataset.load_image(i)[0]) for i in chosen]  # [H, W, C], BGR
     images = [image[..., ::-1] if image.shape[-1] == 3 else image for image in images]
@@ -96,9 +96,9 @@ def probe_images(dataset: Any, size: int) -> Tensor:
 
 @torch.no_grad()
 def look(trainer: Any, images: Tensor) -> list[View]:
-    """Return every distilled level as the teacher, and the student's EMA through the adapters, see some images.
+    """Return each distilled level of some images, as seen by the teacher and, through the adapters, the student's EMA.
 
-    The channels to show are those of most divergence before training, so that all pictures of a run show the same.
+    The channels shown are those with the largest divergence before training, so they are the same throughout a run.
 
     Args:
         trainer: The `CWDTrainer`.
@@ -110,7 +110,7 @@ def look(trainer: Any, images: Tensor) -> list[View]:
     for i in range(len(images)):  # one by one: less memory than a training step
         image = images[i : i + 1].to(trainer.device)
         seen.append([maps.float() for maps in head_inputs(student, image.to(dtype))])
-        taught.append(trainer.teacher.lesson(image).pyramid)
+        taught.append(trainer.teacher.lesson(image).wait().pyramid)
     features, pyramid = ([torch.cat(maps) for maps in zip(*x, strict=True)] for x in (seen, taught))
     views = []
     for level, (ours, theirs) in zip(trainer.levels, criterion.pairs(features, pyramid), strict=True):
@@ -122,7 +122,7 @@ def look(trainer: Any, images: Tensor) -> list[View]:
 
 
 def remember_start(trainer: Any) -> None:
-    """Keep the divergence of every channel before training; a resumed run has it from its beginning."""
+    """Keep the divergence of every channel before training; a resumed run already has it."""
     if trainer.start_epoch == 0:
         with never_fatal("figures of the start"):
             views = look(trainer, probe_images(trainer.test_loader.dataset, trainer.args.imgsz))
@@ -183,7 +183,7 @@ def draw_levels(file: Path, curves: Curves) -> None:
 
 @drawn
 def draw_maps(file: Path, images: Tensor, views: Sequence[View], epoch: int) -> None:
-    """Draw images beside the maps of teacher and student, a row an image and two columns a channel."""
+    """Draw images beside the maps of teacher and student: one row per image, two columns per channel."""
     from matplotlib import pyplot as plt
 
     pairs = [(view, k) for view in views for k in range(len(view.channels))]
@@ -212,13 +212,13 @@ def draw_maps(file: Path, images: Tensor, views: Sequence[View], epoch: int) -> 
 
 @drawn
 def draw_channels(file: Path, start: Mapping[str, Tensor], views: Sequence[View], epoch: int) -> None:
-    """Draw the distribution of the channels' divergence before and after training, a panel a level.
+    """Draw the distribution of the channels' divergence before and after training, one panel per level.
 
     Args:
-        file: Where to.
-        start: By level the divergence of every channel [N, C] before training, where known.
+        file: The file to write.
+        start: For each level, the divergence of every channel [N, C] before training, if known.
         views: The levels after training.
-        epoch: The epoch after which they are seen.
+        epoch: The epoch after which they were seen.
     """
     from matplotlib import pyplot as plt
 

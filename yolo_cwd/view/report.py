@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a run says of its distillation: a sentence at the start, one at the end, and the curves in its results.csv."""
+"""What a run says about its distillation: a sentence at the start, one at the end, and the curves in results.csv."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from yolo_cwd.tasks import Score
 
 
 class Curves(NamedTuple):
-    """The course of a run, one value an epoch.
+    """The course of a run, one value per epoch.
 
     Attributes:
         epochs: Epochs as `results.csv` counts them, from 1.
         task: The task's own loss in training, without our terms.
         weight: The overall weight.
-        terms: By level the weighted term of the training loss.
-        divergence: By level the divergence itself, in nats; nan while the weights are 0.
-        shares: By level the norm of the divergence's gradient at the student's maps over that of the task's own.
-        score: The task's score on the validation images; 0 where an epoch was not validated.
+        terms: For each level, the weighted term of the training loss.
+        divergence: For each level, the divergence itself, in nats; nan while the weights are 0.
+        shares: For each level, the norm of the divergence's gradient at the student's maps, divided by the task's own.
+        score: The task's score on the validation images; 0 for an epoch that was not validated.
     """
 
     epochs: list[int]
@@ -36,18 +36,18 @@ class Curves(NamedTuple):
 
 
 def read_rows(table: Path) -> list[dict[str, float]]:
-    """Return the rows of a `results.csv`, one an epoch, by column."""
+    """Return the rows of a `results.csv`, one per epoch, by column."""
     with table.open(encoding="utf-8") as file:
         return [{name.strip(): float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 def read_curves(table: Path, weights: Mapping[str, float], score: Score) -> Curves:
-    """Read the curves from a `results.csv`, so that they are whole after `resume` too.
+    """Read the curves from a `results.csv`, so that they are complete even after a resume.
 
     Args:
         table: The file.
         weights: The weight of every term by its name: the distilled levels (`P3`), finest first, and the class maps.
-        score: What the task's models are judged by.
+        score: The score that judges the task's models.
     """
     rows = read_rows(table)
     ours = {f"train/{name}_loss" for name in weights} | {"train/cwd_loss"}
@@ -105,7 +105,7 @@ def beginning(student: str, trainer: Any) -> str:
 
 
 def without_labels(trainer: Any) -> str:
-    """Say how many training images have no label file; nothing if all have one, or if Ultralytics leaves such ones out.
+    """Say how many training images have no label file; nothing if all have one, or if Ultralytics leaves those out.
 
     Args:
         trainer: The `DistillingTrainer`, set up.
@@ -121,11 +121,11 @@ def without_labels(trainer: Any) -> str:
 
 
 def outcome(curves: Curves, score: Score) -> str:
-    """Say what came of a run: its best score, and how far the divergence fell in training.
+    """Say how a run went: its best score, and how far the divergence fell in training.
 
     Args:
         curves: The course of the run.
-        score: What the score is.
+        score: Which score it is.
     """
     known = [(value, epoch) for value, epoch in zip(curves.score, curves.epochs, strict=True) if value]
     best, epoch = max(known, key=lambda x: score.sign * x[0], default=(0.0, 0))

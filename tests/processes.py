@@ -91,6 +91,18 @@ def use_without_us(best: str, data: str, images: str) -> None:
     model.export(format="onnx", imgsz=64)
 
 
+def predict_without_us(*files: str) -> None:
+    """Load models, predict, and print the task of each, as where yolo_cwd is not installed."""
+    sys.modules["yolo_cwd"] = None  # type: ignore[assignment]
+    import torch
+    from ultralytics import YOLO
+
+    for file in files:
+        model = YOLO(file)
+        model.predict(torch.rand(1, 3, 64, 64), verbose=False)
+        print(model.task)
+
+
 def load_without_us(file: str) -> None:
     """Load a model and take a loss of it, as where yolo_cwd is not installed."""
     sys.modules["yolo_cwd"] = None  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 For tests of what several processes do together. What a shell or `torchrun` starts is tested with those.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -59,7 +60,9 @@ def _call(function: str, words: tuple[str, ...], cwd: Path, environment: Mapping
         with (folder / name).open("wb") as file:
             os.dup2(file.fileno(), descriptor)
     module, _, name = function.partition(":")
-    raise SystemExit(getattr(importlib.import_module(module), name)(*words))
+    called = getattr(importlib.import_module(module), name)
+    gc.freeze()  # what has been imported is not searched in every training
+    raise SystemExit(called(*words))
 
 
 def main(*words: str) -> int:

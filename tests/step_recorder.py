@@ -4,7 +4,6 @@ BatchNorm stays in evaluation mode and gradients are not clipped, so that the pa
 other. With 4 shards, a single process takes the images in the order in which four processes share them.
 """
 
-import gc
 import json
 import os
 from pathlib import Path
@@ -87,7 +86,6 @@ class Recorder(CWDTrainer):
 
 def main(*trainings: str) -> None:
     """Run trainings, each given as JSON: the file to write, the number of shards, and the arguments."""
-    gc.freeze()  # what has been imported is not searched in every training
     for training in trainings:
         record(**json.loads(training))
 

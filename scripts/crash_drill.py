@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Kill a training again and again, resume it each time, and see what is lost.
 
-    python scripts/crash_drill.py kills=25 seed=0
+    python scripts/crash_drill.py kills=25 seed=0 task=detect
 
-One training by the command line, on a few images, is killed (SIGKILL) `kills` times: in turns at a random moment, and
-while a checkpoint is being written. After each kill every checkpoint must load in plain Ultralytics, and `resume` must
-go on; in the end `results.csv` must have every epoch once. It prints a table, and exits with 1 if
+One training of a task by the command line, on a few images, is killed (SIGKILL) `kills` times: in turns at a random
+moment, and while a checkpoint is being written. After each kill every checkpoint must load in plain Ultralytics, and
+`resume` must go on; in the end `results.csv` must have every epoch once. It prints a table, and exits with 1 if
 anything was lost or torn.
 """
 
@@ -27,29 +27,35 @@ TIMEOUT = 300.0
 
 def main() -> int:
     """Run the drill; return the exit code."""
-    words = {"kills": 25, "seed": 0} | {k: int(v) for k, _, v in (word.partition("=") for word in sys.argv[1:])}
-    moments = random.Random(words["seed"])
+    words = {"kills": "25", "seed": "0", "task": "detect"} | dict(word.split("=", 1) for word in sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder:
         os.environ["YOLO_CONFIG_DIR"] = folder
-        return drill(Path(folder), words["kills"], moments)
+        from yolo_cwd import ConfigError
+
+        try:
+            return drill(Path(folder), words["task"], int(words["kills"]), random.Random(int(words["seed"])))
+        except ConfigError as error:
+            print(f"crash_drill: {error}", file=sys.stderr)
+            return 2
 
 
-def drill(folder: Path, kills: int, moments: random.Random) -> int:
+def drill(folder: Path, task: str, kills: int, moments: random.Random) -> int:
     """Kill and resume one training, and print what happened."""
     epochs = 4 * kills + 4
+    words = _words(folder, task, epochs)
     weights = folder / "run" / "weights"
     print(f"{'kill':>4}  {'moment':28}{'epochs in last.pt':>18}{'epochs lost':>12}  state", flush=True)
     faults = 0
     for kill in range(1, kills + 1):
         before = _epochs_in(weights / "last.pt")
-        process = _start(folder, epochs, resume=before > 0)
-        moment = _kill(process, weights, moments, while_writing=kill % 2 == 0, after=before)
+        process = _start(folder, words)
+        moment = _kill(process, weights, moments, while_writing=kill % 2 == 0)
         kept, begun = _epochs_in(weights / "last.pt"), _rows(folder)
         state = _faults(weights)
         faults += bool(state) or kept < before
         lost = max(0, len(begun) - kept)
         print(f"{kill:4}  {moment:28}{kept:18}{lost:12}  {state or 'every checkpoint whole'}", flush=True)
-    process = _start(folder, epochs, resume=_epochs_in(weights / "last.pt") > 0)
+    process = _start(folder, words)
     code = process.wait(TIMEOUT)
     complete = _rows(folder) == list(range(1, epochs + 1))
     print(f"\n{kills} kills; the last resume ended with exit code {code}; ", end="")
@@ -57,25 +63,27 @@ def drill(folder: Path, kills: int, moments: random.Random) -> int:
     return int(bool(faults or code or not complete))
 
 
-def _start(folder: Path, epochs: int, resume: bool) -> subprocess.Popen[bytes]:
+def _words(folder: Path, task: str, epochs: int) -> list[str]:
+    """Return the command line that begins the training."""
     from yolo_cwd import digits
+    from yolo_cwd.tasks import TASKS
 
-    data = digits.build(folder, {"train": 8, "val": 4})
-    new = (
-        f"teacher=yolov8s.yaml student=yolov8n.yaml data={data} imgsz=64 batch=4 epochs={epochs} amp=False plots=False"
-    )
-    words = (
-        ["resume", f"model={folder / 'run' / 'weights' / 'last.pt'}"]
-        if resume
-        else [*new.split(), "device=cpu", "save_period=3", f"project={folder}", "name=run", "exist_ok=True"]
-    )
+    data = digits.build(folder, {"train": 8, "val": 4}, task=task)
+    family = "yolo26" if task in digits.LABEL_FOLDERS else "yolov8"  # YOLOv8 has no models for maps
+    teacher, student = (f"{family}{size}{TASKS[task].suffix}.yaml" for size in "sn")
+    new = f"teacher={teacher} student={student} data={data} imgsz=64 batch=4 epochs={epochs} amp=False plots=False"
+    return [*new.split(), "device=cpu", "save_period=3", f"project={folder}", "name=run", "exist_ok=True"]
+
+
+def _start(folder: Path, words: list[str]) -> subprocess.Popen[bytes]:
+    """Begin the training, or go on with it where there is a checkpoint."""
+    last = folder / "run" / "weights" / "last.pt"
+    words = ["resume", f"model={last}"] if last.exists() else words
     command = [sys.executable, "-m", "yolo_cwd", "train", *words]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
 
 
-def _kill(
-    process: subprocess.Popen[bytes], weights: Path, moments: random.Random, while_writing: bool, after: int
-) -> str:
+def _kill(process: subprocess.Popen[bytes], weights: Path, moments: random.Random, while_writing: bool) -> str:
     """Wait for the moment, kill, and name the moment."""
     deadline = time.monotonic() + TIMEOUT
     stamp = _stamp(weights / "last.pt")
@@ -85,7 +93,7 @@ def _kill(
     if while_writing:
         moment = "while a checkpoint is written"
         while not _unfinished(weights) and process.poll() is None and time.monotonic() < deadline:
-            pass
+            time.sleep(0.0005)
         time.sleep(moments.uniform(0, 0.05))
     else:
         time.sleep(moments.uniform(0, 1.5))

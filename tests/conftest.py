@@ -21,6 +21,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import yaml_model_load
 
 from yolo_cwd import digits
+from yolo_cwd.tasks import TASKS
 from yolo_cwd.trainer import CWDTrainer
 
 FOLDER = Path(os.environ["YOLO_CONFIG_DIR"])
@@ -119,6 +120,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """YAML paths of such data sets by task."""
+    root = tmp_path_factory.mktemp("sets")
+    return {task: str(digits.build(root, {"train": 8, "val": 4}, task=task)) for task in TASKS}
+
+
+@pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with small.pt (a narrow YOLOv8n detector), segment.pt and classify.pt, none of them trained."""
     from ultralytics import YOLO
@@ -130,13 +138,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def train(data: str, tmp_path: Path) -> Callable[..., CWDTrainer]:
-    """Run a short distilled training; keywords override its arguments. `final` is for Ultralytics' last validation."""
+def short_trainings(data: str, folder: Path) -> Callable[..., CWDTrainer]:
+    """Return what runs a short distilled training; keywords override its arguments.
+
+    `final` is for Ultralytics' last validation.
+    """
 
     def run(final: bool = False, **overrides: Any) -> CWDTrainer:
         callbacks = overrides.pop("callbacks", {})
-        project = str(tmp_path / "runs")
+        project = str(folder / "runs")
         trainer = CWDTrainer(overrides={**TAUGHT, **SHORT, "data": data, "project": project, **overrides})
         for event, callback in callbacks.items():
             trainer.add_callback(event, callback)
@@ -160,6 +170,12 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend=trace))
     return graphs
+
+
+@pytest.fixture
+def train(data: str, tmp_path: Path) -> Callable[..., CWDTrainer]:
+    """Run a short distilled training in a folder of the test."""
+    return short_trainings(data, tmp_path)
 
 
 @pytest.fixture

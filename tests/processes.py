@@ -3,6 +3,7 @@
 For tests of what several processes do together. What a shell or `torchrun` starts is tested with those.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -59,7 +60,9 @@ def _call(function: str, words: tuple[str, ...], cwd: Path, environment: Mapping
         with (folder / name).open("wb") as file:
             os.dup2(file.fileno(), descriptor)
     module, _, name = function.partition(":")
-    raise SystemExit(getattr(importlib.import_module(module), name)(*words))
+    called = getattr(importlib.import_module(module), name)
+    gc.freeze()  # what has been imported is not searched in every training
+    raise SystemExit(called(*words))
 
 
 def main(*words: str) -> int:
@@ -89,6 +92,18 @@ def use_without_us(best: str, data: str, images: str) -> None:
     model.val(data=data, imgsz=64, plots=False, project=".")
     model.predict(images, imgsz=64, verbose=False)
     model.export(format="onnx", imgsz=64)
+
+
+def predict_without_us(*files: str) -> None:
+    """Load models, predict, and print the task of each, as where yolo_cwd is not installed."""
+    sys.modules["yolo_cwd"] = None  # type: ignore[assignment]
+    import torch
+    from ultralytics import YOLO
+
+    for file in files:
+        model = YOLO(file)
+        model.predict(torch.rand(1, 3, 64, 64), verbose=False)
+        print(model.task)
 
 
 def load_without_us(file: str) -> None:

@@ -1,11 +1,11 @@
-"""Run a training and write down its first step and its end: `step_recorder.py FILE key=value ...`, also by torchrun.
+"""Run trainings one after the other, and write down the first step and the end of each.
 
 BatchNorm stays in evaluation mode and gradients are not clipped, so that the parts of a batch do not depend on each
-other. With `SHARDS=4`, a single process takes the images in the order in which four processes share them.
+other. With 4 shards, a single process takes the images in the order in which four processes share them.
 """
 
+import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,21 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data.distributed import DistributedSampler
 
-from yolo_cwd.cli import parse
 from yolo_cwd.trainer import CWDTrainer
 
 
 class Recorder(CWDTrainer):
     """Keeps the loss of every batch, and the gradients of the first step of the optimizer."""
 
+    shards = 1
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.losses: list[torch.Tensor] = []
         self.gradients: dict[str, torch.Tensor] = {}
+        self.final: dict[str, Any] = {}
         self.add_callback("on_train_batch_end", Recorder.keep_loss)
+        self.add_callback("on_fit_epoch_end", Recorder.keep_end)
 
     def _model_train(self) -> None:
         super()._model_train()
@@ -35,9 +38,9 @@ class Recorder(CWDTrainer):
 
     def _setup_train(self) -> None:
         super()._setup_train()
-        if shards := int(os.getenv("SHARDS", "0")):
-            dataset = self.train_loader.dataset
-            parts = [DistributedSampler(dataset, num_replicas=shards, rank=rank) for rank in range(shards)]
+        if self.shards > 1:
+            dataset, ranks = self.train_loader.dataset, range(self.shards)
+            parts = [DistributedSampler(dataset, num_replicas=self.shards, rank=rank) for rank in ranks]
             self.train_loader.batch_sampler.sampler.sampler = [i for part in parts for i in part]
 
     def save_model(self) -> None:
@@ -48,6 +51,19 @@ class Recorder(CWDTrainer):
 
     def keep_loss(self) -> None:
         self.losses.append(self.loss.detach().clone())
+
+    def keep_end(self) -> None:
+        """Compare the models of the processes, while they are still joined."""
+        if self.epoch + 1 < self.epochs:
+            return
+        ours = torch.cat([p.detach().flatten() for module in (self.model, self.adapters) for p in module.parameters()])
+        theirs, loss = [ours], self.losses[0].clone()
+        if dist.is_initialized():
+            theirs = [torch.empty_like(ours) for _ in range(dist.get_world_size())]
+            dist.all_gather(theirs, ours)
+            dist.all_reduce(loss)
+            loss /= dist.get_world_size()
+        self.final = {"differing": sum(int((other != ours).sum()) for other in theirs), "first_loss": loss.item()}
 
     def optimizer_step(self) -> None:
         clip = nn.utils.clip_grad_norm_
@@ -68,29 +84,16 @@ class Recorder(CWDTrainer):
             self.optimizer.step, nn.utils.clip_grad_norm_ = step, clip
 
 
-def main(file: str, *words: str) -> None:
-    trainer = Recorder(overrides=parse(list(words)))
-    final = {}
+def main(*trainings: str) -> None:
+    """Run trainings, each given as JSON: the file to write, the number of shards, and the arguments."""
+    for training in trainings:
+        record(**json.loads(training))
 
-    def keep_end(trainer: CWDTrainer) -> None:
-        modules = {"student": trainer.model, "adapters": trainer.adapters}
-        state = {f"{kind}.{k}": v for kind, module in modules.items() for k, v in module.named_parameters()}
-        theirs: list[Any] = [None] * trainer.world_size
-        if dist.is_initialized():
-            dist.all_gather_object(theirs, state)
-        final["differing"] = [k for other in theirs if other for k in state if not torch.equal(other[k], state[k])]
-        loss = trainer.losses[0].clone()
-        if dist.is_initialized():
-            dist.all_reduce(loss)
-            loss /= dist.get_world_size()
-        final["first_loss"] = loss.item()
 
-    trainer.add_callback("on_fit_epoch_end", keep_end)
+def record(file: str, shards: int, **arguments: Any) -> None:
+    trainer = Recorder(overrides=arguments)
+    trainer.shards = shards
     trainer.train()
     if int(os.getenv("RANK", "0")) == 0:
         losses = [loss.item() for loss in trainer.losses]
-        torch.save({**final, "losses": losses, "gradients": trainer.gradients}, Path(file))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        torch.save({**trainer.final, "losses": losses, "gradients": trainer.gradients}, Path(file))

@@ -1,5 +1,6 @@
 """Training by several processes: torchrun with gloo on this machine, and the launch that Ultralytics makes."""
 
+import json
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +20,9 @@ import pytest
 import torch
 import ultralytics
 import yaml
-from conftest import SHORT, STUDENT, TEACHER
+from conftest import SHORT, STUDENT, TEACHER, narrow
 from processes import Started, together
+from test_tasks import MODELS
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.utils.checks import check_version
@@ -29,7 +32,8 @@ from yolo_cwd import CWDTrainer
 from yolo_cwd.method.prepare import choose_precision
 from yolo_cwd.method.teacher import DTYPES, load_teacher
 
-RECORDER = Path(__file__).with_name("step_recorder.py")
+ROOT = Path(__file__).parent.parent
+Record = Callable[[int, str], dict[str, Any]]
 WORDS = {
     **{k: v for k, v in SHORT.items() if k != "val"},
     "batch": 8,
@@ -38,6 +42,22 @@ WORDS = {
     "schedule": "constant",
 }
 PLAIN = dict.fromkeys(("mosaic", "fliplr", "hsv_h", "hsv_s", "hsv_v", "translate", "scale"), 0)  # no augmentation
+FIXED = {"cwd": 100, "adapter": "conv"}  # weights that do not depend on the task's loss, which is that of a share
+TAUGHT_ALONE = {"box": 0, "cls": 0, "dfl": 0}  # without the detection loss
+TRAININGS: dict[int, dict[str, dict[str, Any]]] = {  # by the number of processes
+    1: {
+        "taught alone": TAUGHT_ALONE,
+        "whole": {"shards": 4, "batch": 2},
+        **{task: {"shards": 2, "batch": 4, "cwd": 1} for task in MODELS},
+    },
+    2: {
+        "taught alone": TAUGHT_ALONE,
+        "balanced": {"cwd": "balanced", "adapter": "fitted"},
+        "20 steps": {"epochs": 5, "batch": 2, "nbs": 2},
+        **{task: {"epochs": 2, "cwd": 1} for task in MODELS},
+    },
+    4: {"taught alone": TAUGHT_ALONE, "whole": {}},
+}
 
 
 def torchrun(processes: int, *program: str, cwd: Path, env: dict[str, str] | None = None, **options: str) -> Any:
@@ -53,43 +73,60 @@ def as_words(**arguments: Any) -> list[str]:
     return [f"{name}={value}" for name, value in arguments.items()]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Checkpoints of a student and a teacher: models from a .yaml would differ from process to process.
+def saved(models: dict[str, str], folder: Path) -> dict[str, Path]:
+    """Checkpoints of models, since those from a .yaml would differ from process to process.
 
     With normalization turned up, since the maps of untrained models hardly vary.
     """
-    folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    for name, model in {"model": STUDENT, "teacher": TEACHER}.items():
+    for name, model in models.items():
         yolo = YOLO(model)
         for module in yolo.model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.constant_(module.weight, 2.75)
         yolo.save(folder / f"{name}.pt")
-    return {name: folder / f"{name}.pt" for name in ("model", "teacher")}
+    return {name: folder / f"{name}.pt" for name in models}
 
 
-@pytest.fixture
-def record(models: dict[str, Path], data: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Train by so many processes, and return what the recorder wrote down."""
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of a student and a teacher."""
+    return saved({"model": STUDENT, "teacher": TEACHER}, tmp_path_factory.mktemp("models"))
 
-    def run(processes: int, shards: int = 0, **arguments: Any) -> dict[str, Any]:
-        file = tmp_path / f"{processes}-{shards}.pt"
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of students by task."""
+    return saved({task: narrow(name) for task, (name, _) in MODELS.items()}, tmp_path_factory.mktemp("students"))
+
+
+@pytest.fixture(scope="module")
+def record(
+    models: dict[str, Path], students: dict[str, Path], sets: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Record:
+    """Return what the recorder wrote down of a training by so many processes, which run all of theirs at once."""
+
+    @cache
+    def run(processes: int) -> tuple[Path, str]:
+        folder = tmp_path_factory.mktemp("recorded")
         seed = 1 if processes == 1 else 0  # Ultralytics adds the rank plus 1, and a single process has rank -1
-        fixed = {"cwd": 100, "adapter": "conv"}  # weights that do not depend on the detection loss, which is left out
-        given = {**WORDS, **PLAIN, **fixed, **models, "val": False, "data": data, "seed": seed, "project": tmp_path}
-        words = as_words(**{**given, **arguments})
-        call = ("step_recorder:main", str(file), *words)
-        if processes == 1:
-            ended = [Started(*call, cwd=tmp_path, env={"SHARDS": str(shards)}).wait()]
-        else:
-            ended = together(processes, *call, cwd=tmp_path)
-        assert [one.code for one in ended] == [0] * processes, ended[0].stderr
-        recorded: dict[str, Any] = torch.load(file)
-        return recorded
+        trainings = []
+        for name, given in TRAININGS[processes].items():
+            of_task = {"model": students[name], "data": sets[name]} if name in students else {}
+            places = {"file": folder / name, "project": folder / "runs", **models, "data": sets["detect"], **of_task}
+            arguments = {**WORDS, **PLAIN, **FIXED, "val": False, "seed": seed, "shards": 1, **places, **given}
+            trainings.append(json.dumps(arguments, default=str))
+        call = ("step_recorder:main", *trainings)
+        ended = together(processes, *call, cwd=folder) if processes > 1 else [Started(*call, cwd=folder).wait()]
+        return folder, "".join(one.stderr for one in ended)
 
-    return run
+    def recorded(processes: int, training: str) -> dict[str, Any]:
+        folder, errors = run(processes)
+        assert (folder / training).exists(), errors
+        written: dict[str, Any] = torch.load(folder / training)
+        return written
+
+    return recorded
 
 
 def error(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], prefix: str) -> float:
@@ -101,35 +138,46 @@ def error(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], pre
     return float(difference / torch.cat([reference[n].flatten() for n in names]).norm())
 
 
-def test_the_balanced_rule_is_the_same_in_every_process(record: Callable[..., dict[str, Any]]) -> None:
-    two = record(2, cwd="balanced", adapter="fitted")
-    assert two["differing"] == []
+def assert_same_step(ours: dict[str, Any], reference: dict[str, Any], loss: float) -> None:
+    """The loss of the whole batch, and the gradients of student and adapters."""
+    assert ours["first_loss"] == pytest.approx(loss, rel=1e-5)
+    for part in ("adapters", "model"):
+        assert error(ours["gradients"], reference["gradients"], part) < 1e-5
+
+
+def test_the_balanced_rule_is_the_same_in_every_process(record: Record) -> None:
+    two = record(2, "balanced")
+    assert two["differing"] == 0
     assert all(0 < loss < float("inf") for loss in two["losses"])
 
 
-def test_distillation_is_that_of_one_process_on_the_same_global_batch(record: Callable[..., dict[str, Any]]) -> None:
-    alone = {"box": 0, "cls": 0, "dfl": 0}
-    one, *several = (record(processes, **alone) for processes in (1, 2, 4))
+def test_distillation_is_that_of_one_process_on_the_same_global_batch(record: Record) -> None:
+    one, *several = (record(processes, "taught alone") for processes in (1, 2, 4))
     assert one["first_loss"] > 0.1
     for run in several:
-        assert run["first_loss"] == pytest.approx(one["first_loss"], rel=1e-5)
-        assert error(run["gradients"], one["gradients"], "adapters") < 1e-5
-        assert error(run["gradients"], one["gradients"], "model") < 1e-5
+        assert_same_step(run, one, one["first_loss"])
 
 
-def test_whole_loss_is_that_of_one_process_that_adds_up_the_shares(record: Callable[..., dict[str, Any]]) -> None:
+def test_whole_loss_is_that_of_one_process_that_adds_up_the_shares(record: Record) -> None:
     """Ultralytics' detection loss divides by the targets of each process, so the reference takes share by share."""
-    one, four = record(1, shards=4, batch=2), record(4)
+    one, four = record(1, "whole"), record(4, "whole")
     assert len(one["losses"]) == 4
-    assert four["first_loss"] == pytest.approx(sum(one["losses"]), rel=1e-5)
-    assert error(four["gradients"], one["gradients"], "adapters") < 1e-5
-    assert error(four["gradients"], one["gradients"], "model") < 1e-5
+    assert_same_step(four, one, sum(one["losses"]))
 
 
-def test_all_processes_hold_the_same_models_after_20_steps(record: Callable[..., dict[str, Any]]) -> None:
-    run = record(2, epochs=20)
+@pytest.mark.parametrize("task", MODELS)
+def test_two_processes_train_a_task_as_one(record: Record, task: str) -> None:
+    one, two = record(1, task), record(2, task)
+    assert len(one["losses"]) == 2
+    assert_same_step(two, one, sum(one["losses"]))
+    assert len(two["losses"]) == 2
+    assert two["differing"] == 0
+
+
+def test_all_processes_hold_the_same_models_after_20_steps(record: Record) -> None:
+    run = record(2, "20 steps")
     assert len(run["losses"]) == 20
-    assert run["differing"] == []
+    assert run["differing"] == 0
 
 
 def test_torchrun_trains_as_one_run(models: dict[str, Path], data: str, tmp_path: Path) -> None:
@@ -273,7 +321,7 @@ def test_all_processes_end_a_training_limited_by_time(long: list[str], tmp_path:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and ip")
 def test_two_hosts_train_together(long: list[str], tmp_path: Path) -> None:
-    script = RECORDER.parents[1] / "scripts" / "two_hosts.sh"
+    script = ROOT / "scripts" / "two_hosts.sh"
     command = [str(script), *long[3:], "epochs=2", "verbose=True"]
     environment = {**os.environ, "PYTHON": sys.executable}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

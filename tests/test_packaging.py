@@ -96,11 +96,10 @@ def test_demo(
 
 
 @pytest.mark.slow
-def test_crash_drill(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "crash_drill.py", "kills=4"], capture_output=True, text=True, cwd=tmp_path
-    )
+@pytest.mark.parametrize(("task", "kills"), [("detect", 2), ("semantic", 1)])
+def test_crash_drill(tmp_path: Path, task: str, kills: int) -> None:
+    command = [sys.executable, ROOT / "scripts" / "crash_drill.py", f"kills={kills}", f"task={task}"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert (
-        "4 kills; the last resume ended with exit code 0; results.csv has every epoch once; 0 faults" in result.stdout
-    )
+    end = f"{kills} kills; the last resume ended with exit code 0; results.csv has every epoch once; 0 faults"
+    assert end in result.stdout

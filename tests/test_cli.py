@@ -197,7 +197,11 @@ def test_an_interrupted_comparison_says_how_to_go_on(
     number: int, code: int, word: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("yolo_cwd.study.compare.run", lambda arguments: signal.raise_signal(number))
-    assert main(["compare", "teacher=t.pt"]) == code
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell has put the tests aside
+    try:
+        assert main(["compare", "teacher=t.pt"]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == f"yolo_cwd: {word}; the same command again goes on where it stopped\n"
 
 

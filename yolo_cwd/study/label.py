@@ -64,10 +64,10 @@ def as_text(pool: store.Pool, settings: Settings, sheet: Path) -> str:
     """Return the contents of a pool in words and a table."""
     found = pool.found
     lines = [f"{found.images:,} images {'labelled' if settings.unlabeled else 'completed'} by {settings.teacher}"]
-    added = "" if settings.unlabeled else " more"
+    further = "" if settings.unlabeled else "further "
     if found.task not in store.MAPS:
         lines += [
-            f"{found.empty:,} without any object{added}, {found.painted:,} with uncertain ones painted over",
+            f"{found.empty:,} without any {further}object, {found.painted:,} with uncertain ones painted over",
             f"mean confidence {found.confidence:.2f}",
         ]
     width = max(map(len, found.objects), default=0)

@@ -202,7 +202,7 @@ def test_an_interrupted_comparison_says_how_to_go_on(
         assert main(["compare", "teacher=t.pt"]) == code
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err == f"yolo_cwd: {word}; the same command again goes on where it stopped\n"
+    assert capsys.readouterr().err == f"yolo_cwd: {word}; run the same command again to continue\n"
 
 
 SHORT = ["imgsz=64", "batch=4", "epochs=1", "plots=False", "device=cpu"]
@@ -294,7 +294,7 @@ BAD_INPUT = {
     "resume": (["resume=absent.pt"], "resume=absent.pt: no such checkpoint"),
     "resume of a run by its name without a teacher": (
         ["resume=True", "name=big", "teacher=None"],
-        "resume=True: model=yolov8n.yaml is no checkpoint to go on from; name one: resume model=runs/.../last.pt, or ",
+        "resume=True: model=yolov8n.yaml is not a checkpoint to resume from; name one: resume model=runs/.../last.pt",
     ),
     "resume without a run": (["resume=True", "student=None"], "resume=True: there is no run below this folder"),
     "teacher that is a folder": (
@@ -377,7 +377,7 @@ def test_a_full_disk(
     assert line.startswith(
         f"yolo_cwd: project={tmp_path}: cannot write {last} ({os.strerror(number)}); make room, and "
     )
-    assert line.endswith(f"'yolo_cwd train resume model={last}' goes on")
+    assert line.endswith(f"'yolo_cwd train resume model={last}' continues it")
 
 
 def test_a_full_disk_in_a_comparison_is_one_line(
@@ -388,10 +388,8 @@ def test_a_full_disk_in_a_comparison_is_one_line(
 
     monkeypatch.setattr("yolo_cwd.study.compare.run", full)
     assert main(["compare", "teacher=t.pt", "folder=c"]) == 2
-    written = (
-        "yolo_cwd: folder=c: cannot write c/results/plain-0.json (No space left on device); make room, and the same "
-    )
-    assert capsys.readouterr().err == f"{written}command again goes on where it stopped\n"
+    written = "yolo_cwd: folder=c: cannot write c/results/plain-0.json (No space left on device)"
+    assert capsys.readouterr().err == f"{written}; make room, and run the same command again to continue\n"
 
 
 def test_bad_input_from_the_shell(tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ def test_a_process_says_that_another_has_been_killed(long: list[str], tmp_path: 
     _, errors = first.communicate(timeout=60)
     second.communicate()
     assert first.returncode == 1
-    line = "yolo_cwd: process 0 of 2 ends, since another one has ended or is silent; 'resume' goes on"
+    line = "yolo_cwd: process 0 of 2 ends, since another one has ended or is silent; 'resume' continues"
     assert [text.startswith(line) for text in errors.splitlines() if text.startswith("yolo_cwd")] == [True]
     assert (tmp_path / "run" / "weights" / "last.pt").exists()
 

@@ -306,7 +306,7 @@ def test_labelling_that_is_cut_off_goes_on(
 
     monkeypatch.setattr(store, "_put", lambda *words: (done.append(words[2].name), write(*words)))
     monkeypatch.setattr(store, "_predictions", cut_off)
-    with pytest.raises(KeyboardInterrupt, match="the same command again goes on"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command again to continue"):
         label(teachers["detect"], str(pictures), sets["detect"])
     first, done[:] = list(done), []
     monkeypatch.setattr(store, "_predictions", predict)
@@ -729,7 +729,7 @@ def test_completing_that_is_cut_off_goes_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(store, "_predictions", cut_off)
-    with pytest.raises(KeyboardInterrupt, match="the same command again goes on"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command again to continue"):
         completed(old["detect"], data)
     monkeypatch.setattr(store, "_predictions", said)
     assert completed(old["detect"], data).found.images == 3

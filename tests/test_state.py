@@ -259,7 +259,7 @@ def test_signals_end_a_training_with_one_line(data: str, tmp_path: Path, number:
     ended = process.wait(60)
     line = ended.stderr.strip().splitlines()[-1]
     assert ended.code == code
-    assert line == f"yolo_cwd: {word}; 'yolo_cwd train resume model={last}' goes on"
+    assert line == f"yolo_cwd: {word}; 'yolo_cwd train resume model={last}' continues it"
     assert "Traceback" not in ended.stderr
     assert os.fspath(last) in line
     assert type(YOLO(last).model) is DetectionModel

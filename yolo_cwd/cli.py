@@ -234,7 +234,7 @@ def train(words: list[str]) -> None:
             raise unwritable(error, "project", overrides.get("project"), f"make room, and {resume}") from error
         if lost_peer(error):
             ours = f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
-            reason = "another one has ended or is silent; 'resume' goes on from the last epoch"
+            reason = "another one has ended or is silent; 'resume' continues from the last epoch"
             raise ChildProcessError(f"{ours} ends, since {reason}") from error
         begun = trainer is not None and trainer.criterion is not None
         if begun and not disk_is_full(error):  # a fault, not bad input
@@ -247,7 +247,7 @@ def _resume(trainer: Any) -> str:
     from yolo_cwd.run.state import FILE
 
     resumable = trainer is not None and trainer.last.exists() and (trainer.wdir / FILE).exists()
-    return f"'yolo_cwd train resume model={trainer.last}' goes on" if resumable else ""
+    return f"'yolo_cwd train resume model={trainer.last}' continues it" if resumable else ""
 
 
 def _with_remedy(interrupt: KeyboardInterrupt, remedy: str) -> KeyboardInterrupt:
@@ -276,7 +276,7 @@ def compare(words: list[str]) -> None:
     from yolo_cwd.run.refusal import disk_is_full, unwritable
     from yolo_cwd.study.compare import run
 
-    remedy = "the same command again goes on where it stopped"
+    remedy = "run the same command again to continue"
     try:
         run(arguments)
     except KeyboardInterrupt as interrupt:

@@ -236,7 +236,7 @@ class DistillingTrainer(PooledTrainer):
         begun_with = unwrap_model(self.model).yaml.get("yaml_file") if self.resume else self.args.model
         begun_with = self.state.options.get("student") or str(begun_with)
         self.state.options = request.plain_options(self.cwd, begun_with, [level.stride for level in self.levels])
-        if self.cwd.cwd:  # a resumed run keeps the precision, wherever it goes on
+        if self.cwd.cwd:  # a resumed run keeps the precision, wherever it continues
             self.state.options["teacher_dtype"] = self.teacher.precision.name
 
     def _begin_epoch(self) -> None:
@@ -246,7 +246,7 @@ class DistillingTrainer(PooledTrainer):
         self._batches = 0
 
     def measured(self) -> list[list[float]]:
-        """Return what the meter has measured, by which a resumed run goes on."""
+        """Return what the meter has measured, from which a resumed run continues."""
         return self.criterion.meter.means.tolist() if self.criterion is not None else []
 
     def own_columns(self) -> set[str]:

@@ -431,7 +431,7 @@ def label_images(plan: Plan, images: Sequence[Path]) -> list[dict[str, Any]]:
         try:
             _write_labels(plan, missing, names)
         except KeyboardInterrupt as interrupt:
-            raise type(interrupt)("labelling is interrupted; the same command again goes on where it stopped") from None
+            raise type(interrupt)("labelling is interrupted; run the same command again to continue") from None
     records = [_record(plan.folder, name) for name in names.values()]
     found = [record for record in records if record]
     if lost := len(records) - len(found):

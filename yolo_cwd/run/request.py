@@ -165,8 +165,8 @@ def checkpoint_to_resume(resume: Any, model: Any) -> Path | None:
         raise ConfigError(
             f"resume={resume}: there is no run below this folder; name one: resume model=runs/.../last.pt"
         )
-    reason = f"model={model} is no checkpoint to go on from; name one: resume model=runs/.../last.pt"
-    raise ConfigError(f"resume={resume}: {reason}, or give name= and teacher= to begin a run or go on with it")
+    reason = f"model={model} is not a checkpoint to resume from; name one: resume model=runs/.../last.pt"
+    raise ConfigError(f"resume={resume}: {reason}, or give name= and teacher= to start or continue a run")
 
 
 def _options_of_resumed_run(state: RunState, given: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A training that claims its folder, writes its files whole, and goes on from them after an interruption."""
+"""A training that claims its folder, writes its files whole, and continues from them after an interruption."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class ResumableTrainer(distributed.ProcessTrainer):
         super().save_metrics(metrics)
 
     def final_eval(self) -> None:
-        """Strip and score the checkpoints as Ultralytics does; a finished run needs no state to go on from."""
+        """Strip and score the checkpoints as Ultralytics does; a finished run needs no state to continue from."""
         with optimizers_stripped_whole():
             super().final_eval()
         if RANK in {-1, 0}:

@@ -106,7 +106,7 @@ def load_state(checkpoint: Path) -> RunState:
     if not file.is_file():
         raise ConfigError(
             f"resume={checkpoint}: has no {FILE} beside it: the training is finished, or it had no teacher; "
-            f"'yolo train resume' goes on without one"
+            f"'yolo train resume' continues without one"
         )
     remove_leftovers(checkpoint.parent)
     try:
@@ -114,6 +114,6 @@ def load_state(checkpoint: Path) -> RunState:
         return RunState(content["options"], content["epochs"], content.get("start"))
     except Exception as error:
         raise ConfigError(
-            f"resume={checkpoint}: {FILE} cannot be read, it is torn or no state of a run; 'yolo train resume' goes on "
-            "without a teacher"
+            f"resume={checkpoint}: {FILE} cannot be read, it is torn or no state of a run; 'yolo train resume' "
+            "continues without a teacher"
         ) from error

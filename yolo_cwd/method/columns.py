@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from yolo_cwd.config import WEIGHT_COLUMN
@@ -13,8 +14,8 @@ TOTAL = "cwd_loss"
 
 def names(criterion: CWDLoss | None) -> set[str]:
     """Return the names of our columns."""
-    kinds = criterion.columns.items() if criterion is not None else ()
-    return {f"train/{TOTAL}", WEIGHT_COLUMN, *(f"train/{name}_{kind}" for kind, values in kinds for name in values)}
+    kinds = _by_kind(criterion, "train").values() if criterion is not None else ()
+    return {f"train/{TOTAL}", WEIGHT_COLUMN, *chain.from_iterable(kinds)}
 
 
 def label(labels: Any, prefix: str, criterion: CWDLoss | None, weight: float) -> Any:
@@ -35,8 +36,13 @@ def label(labels: Any, prefix: str, criterion: CWDLoss | None, weight: float) ->
     ours = {total: labels.pop(total, 0.0)}
     if prefix == "val" or criterion is None:
         return labels
-    kinds = {
+    kinds = _by_kind(criterion, prefix)
+    return {**labels, **kinds["loss"], **ours, WEIGHT_COLUMN: weight, **kinds["share"], **kinds["nats"]}
+
+
+def _by_kind(criterion: CWDLoss, prefix: str) -> dict[str, dict[str, float]]:
+    """Return the values of a criterion by kind and by the name of their column."""
+    return {
         kind: {f"{prefix}/{name}_{kind}": value for name, value in values.items()}
         for kind, values in criterion.columns.items()
     }
-    return {**labels, **kinds["loss"], **ours, WEIGHT_COLUMN: weight, **kinds["share"], **kinds["nats"]}

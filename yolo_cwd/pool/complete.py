@@ -54,11 +54,11 @@ def prepare(settings: Settings, task: str | None, args: Any) -> Pool:
     """
     if not settings.complete_labels:
         return store.prepare(settings, task, args)
-    if settings.unlabeled:  # refuse these before the others are labelled
-        list_images(settings.unlabeled, "unlabeled")
-        store.plan_of(settings, task, args)
-    completed = _complete(settings, task, args)
-    return store.prepare(settings, task, args, completed.train) if settings.unlabeled else completed
+    if not settings.unlabeled:
+        return _complete(settings, task, args)
+    list_images(settings.unlabeled, "unlabeled")  # refuse these before the others are labelled
+    plan, data = store.plan_of(settings, task, args)
+    return store.label_pool(plan, data, _complete(settings, task, args).train)
 
 
 def count(settings: Settings, task: str, args: Any) -> str:

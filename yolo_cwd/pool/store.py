@@ -213,20 +213,32 @@ def _shown(settings: Settings) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def prepare(settings: Settings, task: str | None, args: Any, labelled: Sequence[str] = ()) -> Pool:
+def prepare(settings: Settings, task: str | None, args: Any) -> Pool:
     """Return the pool that the options name, labelled by the teacher; existing labels are used again.
 
     Args:
         settings: The checked options.
         task: The task of the student; None for the teacher's.
         args: The arguments of the training. If `data` is None, labels have the teacher's classes.
-        labelled: Lists of images to train on beside the pool; the data's by default.
 
     Raises:
         ConfigError: If the teacher cannot label for the data, or if there is nothing to label.
     """
-    plan, data = plan_of(settings, task, args)
-    pool = made_once(plan.folder, f"unlabeled={_shown(settings)}", lambda: _lists(plan, data, labelled))
+    return label_pool(*plan_of(settings, task, args))
+
+
+def label_pool(plan: Plan, data: dict[str, Any], labelled: Sequence[str] = ()) -> Pool:
+    """Return the pool of a plan, labelled; existing labels are used again.
+
+    Args:
+        plan: Who labels what.
+        data: The data set.
+        labelled: Lists of images to train on beside the pool; the data's by default.
+
+    Raises:
+        ConfigError: If there is nothing to label.
+    """
+    pool = made_once(plan.folder, f"unlabeled={_shown(plan.settings)}", lambda: _lists(plan, data, labelled))
     LOGGER.info(f"{colorstr('CWD:')} {_told(pool.found)}; in {pool.folder}")
     if pool.found.left_out:
         say = LOGGER.warning if pool.found.scored_on else LOGGER.info

@@ -50,10 +50,11 @@ class Trial(Unheard, CWDTrainer):
 
     def label_pool(self, args: Any) -> None:
         """Count the images that the teacher would label, without labelling them."""
-        store.whole_teacher(self.cwd, self.task.name)
         args.data = None if args.data == MADE_UP else args.data
         if self.cwd.complete_labels:
             self.completed = complete.count(self.cwd, self.task.name, args)
+        else:
+            store.whole_teacher(self.cwd, self.task.name)  # refuses one that cannot label
         if self.cwd.unlabeled:
             self.unlabeled = store.count(self.cwd, args)
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import SHORT, STUDENT, narrow
+from conftest import SHORT, STUDENT, bare
 from processes import Started
 from torch import nn
 from ultralytics import YOLO
@@ -33,7 +33,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, data: str) -> dict[str, str]:
     names = yaml.safe_load(Path(data).read_text())["names"]
     torch.manual_seed(0)
     for who, model in {"teacher": "yolov8s", "model": "yolo11n"}.items():
-        yolo = YOLO(narrow(f"{model}.yaml"))
+        yolo = YOLO(bare(f"{model}.yaml"))
         yolo.model.names = names
         yolo.save(folder / f"{who}.pt")
     return {who: str(folder / f"{who}.pt") for who in ("teacher", "model")}

@@ -212,7 +212,7 @@ def test_training_by_command_from_start_to_export(data: str, tmp_path: Path) -> 
     result = run("train", f"teacher={TEACHER}", f"student={STUDENT}", f"data={data}", *SHORT, f"project={tmp_path}")
     assert result.returncode == 0, result.stderr
     assert (
-        f"learns P3, P4, P5 and the maps of 10 classes from {TEACHER} (1.1M parameters, "
+        f"learns P3, P4, P5 and the maps of 10 classes from {TEACHER} (0.7M parameters, "
         in result.stdout + result.stderr
     )
     best = tmp_path / "train" / "weights" / "best.pt"

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-from conftest import SHORT, STUDENT, narrow
+from conftest import SHORT, STUDENT, bare
 from processes import CONTEXT
 from ultralytics import YOLO
 from ultralytics.data.utils import polygon2mask
@@ -24,11 +24,11 @@ SMALL = {"train": 40, "val": 10}
 TINY = {"train": 8, "val": 4}
 MODELS = {
     "detect": STUDENT,
-    "segment": narrow("yolov8n-seg.yaml"),
-    "obb": narrow("yolov8n-obb.yaml"),
-    "pose": narrow("yolov8n-pose.yaml"),
-    "semantic": narrow("yolo26n-sem.yaml"),
-    "depth": narrow("yolo26n-depth.yaml"),
+    "segment": bare("yolov8n-seg.yaml"),
+    "obb": bare("yolov8n-obb.yaml"),
+    "pose": bare("yolov8n-pose.yaml"),
+    "semantic": bare("yolo26n-sem.yaml"),
+    "depth": bare("yolo26n-depth.yaml"),
 }
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 import ultralytics
 import yaml
-from conftest import SHORT, STUDENT, TEACHER, narrow
+from conftest import SHORT, STUDENT, TEACHER, bare
 from processes import Started, together
 from test_tasks import MODELS
 from torch import nn
@@ -97,7 +97,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints of students by task."""
-    return saved({task: narrow(name) for task, (name, _) in MODELS.items()}, tmp_path_factory.mktemp("students"))
+    return saved({task: bare(name) for task, (name, _) in MODELS.items()}, tmp_path_factory.mktemp("students"))
 
 
 @pytest.fixture(scope="module")

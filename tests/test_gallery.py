@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import cv2
-from conftest import STUDENT, narrow
+from conftest import STUDENT, TEACHER
 from ultralytics import YOLO
 
 from yolo_cwd.view.gallery import draw_side_by_side
@@ -17,7 +17,7 @@ def test_items_are_spread_evenly() -> None:
 
 def test_a_row_an_image_and_a_column_a_model(data: str, tmp_path: Path) -> None:
     images = sorted(Path(data).parent.glob("images/val/*.jpg"))
-    models = {"one": STUDENT, "two": narrow("yolov8s.yaml")}
+    models = {"one": STUDENT, "two": TEACHER}
     for name in models:
         YOLO(models[name]).save(tmp_path / f"{name}.pt")
     weights = {name: tmp_path / f"{name}.pt" for name in models}

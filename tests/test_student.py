@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STUDENT, narrow, settled
+from conftest import narrow, settled
 from test_state import interrupted, resume
 from test_trainer import rows
 from torch import nn
@@ -16,6 +16,7 @@ from yolo_cwd import CWDTrainer
 from yolo_cwd.config import ConfigError
 
 Train = Callable[..., CWDTrainer]
+STUDENT = narrow("yolov8n.yaml")
 
 
 def prune(model: nn.Module) -> nn.Module:
@@ -102,7 +103,7 @@ def test_a_pruned_student_of_other_classes_is_refused(train: Train, tmp_path: Pa
 
 
 def test_a_whole_checkpoint_is_built_anew(train: Train, tmp_path: Path) -> None:
-    YOLO(narrow("yolov8n.yaml")).save(tmp_path / "whole.pt")
+    YOLO(STUDENT).save(tmp_path / "whole.pt")
     assert not train(model=str(tmp_path / "whole.pt")).reshaped
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import SHORT, STUDENT, TAUGHT, narrow, settled, short_trainings
+from conftest import SHORT, STUDENT, TAUGHT, bare, narrow, settled, short_trainings
 from processes import Started
 from test_loss import reference
 from test_state import StopError, interrupted, resume
@@ -38,8 +38,8 @@ compile_ = torch.compile
 
 @pytest.fixture
 def students(sets: dict[str, str]) -> dict[str, str]:
-    """Narrow models by task."""
-    return {task: narrow(student) for task, (student, _) in MODELS.items()}
+    """Models by task, of little more than a head."""
+    return {task: bare(student) for task, (student, _) in MODELS.items()}
 
 
 def rows(trainer: CWDTrainer) -> list[dict[str, float]]:
@@ -124,7 +124,7 @@ def test_checkpoints_of_every_task_are_plain(taught: Callable[[str], Taught], tm
 def test_class_maps_are_compared_where_both_know_a_class(
     train: Train, sets: dict[str, str], students: dict[str, str], task: str
 ) -> None:
-    teacher = YOLO(narrow(MODELS[task][1], 0.5))
+    teacher = YOLO(bare(MODELS[task][1], 0.5))
     names = {**digits.CLASSES, 10: "background"} if task == "semantic" else digits.CLASSES
     head = settled(teacher.model, sets[task]).model[-1]
     teacher.model.names = {i: names.get(i, f"other {i}") for i in range(head.nc)}
@@ -250,7 +250,7 @@ def test_the_task_is_the_students(student: str, task: str) -> None:
 
 
 def test_what_a_checkpoint_holds_counts_more_than_its_name(tmp_path: Path) -> None:
-    YOLO(narrow("yolov8n-obb.yaml")).save(tmp_path / "best-seg.pt")
+    YOLO(bare("yolov8n-obb.yaml")).save(tmp_path / "best-seg.pt")
     assert task_of_student(tmp_path / "best-seg.pt", asked="segment").name == "obb"
 
 

@@ -244,7 +244,7 @@ def test_teachers_that_are_refused(checkpoints: Path, tmp_path: Path, source: st
 def test_a_masked_teacher_is_what_it_calculates() -> None:
     model = YOLO(STUDENT).model.eval()
     expected = [m.clone() for m in head_inputs(model, IMAGES)]
-    for layer in (model.model[0].conv, model.model[4].cv1.conv):
+    for layer in (model.model[0].conv, model.model[3].conv):
         prune.l1_unstructured(layer, "weight", 0.5)
     masked = head_inputs(model, IMAGES)
     teacher = load_teacher(model)

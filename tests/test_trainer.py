@@ -53,13 +53,16 @@ def _get(trainer: Any, path: str) -> nn.Module:
     return trainer
 
 
-def test_the_student_moves_to_the_teachers_maps(train: Train, checkpoints: Path, data: str) -> None:
+def test_the_student_moves_to_the_teachers_maps(train: Train, tmp_path: Path) -> None:
     """Same architecture and no adapter, so that the distance is between the very maps."""
-    teacher = load_teacher(checkpoints / "small.pt")
+    torch.manual_seed(0)
+    YOLO(model := narrow("yolov8n.yaml")).save(tmp_path / "teacher.pt")
+    teacher = load_teacher(tmp_path / "teacher.pt")
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
     def distance(cwd: float) -> float:
-        trainer = train(teacher=str(checkpoints / "small.pt"), adapter="identity", cwd=cwd, epochs=4, lr0=5e-3, seed=5)
+        options = {"teacher": str(tmp_path / "teacher.pt"), "adapter": "identity", "cwd": cwd}
+        trainer = train(model=model, **options, epochs=4, lr0=5e-3, seed=5)
         student = trainer.model.train()
         criterion = CWDLoss(None, trainer.adapters, trainer.levels)
         with torch.no_grad():
@@ -144,11 +147,7 @@ def test_the_weight_follows_its_schedule(train: Train) -> None:
 def test_normalized_maps_do_not_depend_on_the_teachers_scale(train: Train, checkpoints: Path) -> None:
     model = YOLO(checkpoints / "small.pt").model
     first = rows(train(teacher=model, normalize=True, seed=1))[0]["train/cwd_loss"]
-    for layer in (
-        15,
-        18,
-        21,
-    ):  # the neck's outputs, scaled a hundredfold by their last BatchNorm is not linear in SiLU,
+    for layer in (2, 3, 4):  # their outputs; scaled a hundredfold by their last BatchNorm is not linear in SiLU,
         model.model[layer] = nn.Sequential(model.model[layer], _Times(100.0))  # so by a layer behind it
         model.model[layer].f, model.model[layer].i = model.model[layer][0].f, model.model[layer][0].i
         model.model[layer].type = "scaled"
@@ -271,7 +270,7 @@ def test_mixed_precision(train: Train, monkeypatch: pytest.MonkeyPatch, normaliz
     seen: dict[str, torch.dtype] = {}
 
     def note(trainer: CWDTrainer) -> None:
-        for name, layer in {"student": trainer.model.model[15].cv2.conv, "adapter": trainer.adapters[0]}.items():
+        for name, layer in {"student": trainer.model.model[2].conv, "adapter": trainer.adapters[0]}.items():
             layer.register_forward_hook(lambda module, inputs, maps, name=name: seen.update({name: maps.dtype}))
 
     monkeypatch.setattr(

@@ -26,7 +26,7 @@ from ultralytics.utils.ops import xywhr2xyxyxyxy
 from yolo_cwd import CWDTrainer, digits
 from yolo_cwd.cli import main
 from yolo_cwd.config import ConfigError, Settings
-from yolo_cwd.pool import complete, store
+from yolo_cwd.pool import complete, confidence, store
 from yolo_cwd.pool.images import list_images
 from yolo_cwd.pool.labels import painted
 from yolo_cwd.study import compare
@@ -298,18 +298,18 @@ def test_labelling_that_is_cut_off_goes_on(
     teachers: dict[str, str], sets: dict[str, str], pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    write, predict = store._put, store._predictions
+    write, predict = store._put, store.predictions
 
     def cut_off(plan: Any, images: list[str]) -> Iterator[Any]:
         yield from islice(predict(plan, images), 4)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(store, "_put", lambda *words: (done.append(words[2].name), write(*words)))
-    monkeypatch.setattr(store, "_predictions", cut_off)
+    monkeypatch.setattr(store, "predictions", cut_off)
     with pytest.raises(KeyboardInterrupt, match="run the same command again to continue"):
         label(teachers["detect"], str(pictures), sets["detect"])
     first, done[:] = list(done), []
-    monkeypatch.setattr(store, "_predictions", predict)
+    monkeypatch.setattr(store, "predictions", predict)
     pool = label(teachers["detect"], str(pictures), sets["detect"])
     assert len(first) == 4
     assert sorted(first + done) == sorted(file.name for file in pictures.rglob("*.jpg"))
@@ -322,8 +322,8 @@ def test_labels_that_are_there_are_used_again(
     shutil.copytree(pictures, images := tmp_path / "images")
     pool = label(teachers["detect"], str(images), sets["detect"])
     asked: list[int] = []
-    predict = store._predictions
-    monkeypatch.setattr(store, "_predictions", lambda plan, todo: (asked.append(len(todo)), predict(plan, todo))[1])
+    predict = store.predictions
+    monkeypatch.setattr(store, "predictions", lambda plan, todo: (asked.append(len(todo)), predict(plan, todo))[1])
     assert label(teachers["detect"], str(images), sets["detect"]) == pool
     assert asked == []
     image = cv2.imread(str(next(images.glob("*.jpg"))))
@@ -573,7 +573,7 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
 
     def replace(found: dict[str, list[list[float]]], kind: str = "boxes") -> Said:
         said = Said(found, kind)
-        monkeypatch.setattr(store, "_predictions", said)
+        monkeypatch.setattr(store, "predictions", said)
         return said
 
     return replace
@@ -728,10 +728,10 @@ def test_completing_that_is_cut_off_goes_on(
         yield from islice(said(plan, images), 2)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "_predictions", cut_off)
+    monkeypatch.setattr(store, "predictions", cut_off)
     with pytest.raises(KeyboardInterrupt, match="run the same command again to continue"):
         completed(old["detect"], data)
-    monkeypatch.setattr(store, "_predictions", said)
+    monkeypatch.setattr(store, "predictions", said)
     assert completed(old["detect"], data).found.images == 3
     assert said.asked == ["a", "b", "c"]
 
@@ -880,3 +880,280 @@ def test_several_processes_complete_once(teachers: dict[str, str], tmp_path: Pat
     assert result.returncode == 0, result.stderr[-2000:]
     assert (result.stdout + result.stderr).count("labels 6 images") == 1
     assert len(list((cache.parent / "completed").glob("*/records/*.json"))) == 6
+
+
+HALVES = "0 0.7 0.4 0.2 0.4\n"  # x 60 to 80, y 10 to 30
+SCRIPT = {  # what the teacher sees in the validation images; right are the surest one and that of 0.625
+    "a": [[60, 10, 80, 30, 0.875, OLD], [60, 10, 80, 30, 0.75, NEW], [60, 10, 80, 30, 0.95, 0]],
+    "b": [[10, 15, 30, 35, 0.625, NEW], [11, 15, 31, 35, 0.5, NEW], [80, 0, 100, 50, 0.375, OLD]],
+    "c": [[0, 0, 20, 20, 0.25, OLD]],
+}
+TRUTH = {"a": HALVES, "b": "1 0.2 0.5 0.2 0.4\n0 0.45 0.5 0.1 0.1\n", "c": None}
+
+
+def held_out(folder: Path, labels: dict[str, str | None], **more: Any) -> str:
+    """Make a data set whose validation images have the given label files, and return its YAML file."""
+    data = Path(labelled(folder, {"train": "0 0.5 0.5 0.5 0.5\n"}, **more))
+    images = Path(labelled(folder / "checked", labels)).parent / "images" / "train"
+    data.write_text(yaml.safe_dump({**yaml.safe_load(data.read_text()), "val": str(images)}))
+    return str(data)
+
+
+def chosen(
+    teacher: str, images: Any, data: str | None, precision: float, task: str = "detect", **more: Any
+) -> tuple[float, float]:
+    """Return `pool_conf` and `pool_unsure` under a `pool_precision`."""
+    overrides = {name: more.pop(name) for name in ("single_cls", "classes") if name in more}
+    options = {"teacher": teacher, "unlabeled": images, "pool_precision": precision, **more}
+    found = confidence.chosen(Settings.parse(options), task, arguments(data, **overrides))
+    assert found.pool_precision is None
+    return found.pool_conf, found.pool_unsure
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        pytest.param(1, 0.9, id="one label"),
+        pytest.param(0.6, 0.6, id="lower where the curve rises again"),
+        pytest.param(0.5, 0.5, id="exactly"),
+        pytest.param(0.3, 0.2, id="all labels"),
+    ],
+)
+def test_the_lowest_confidence_with_the_precision_is_chosen(value: float, expected: float) -> None:
+    confidences, right = [0.2004, 0.9, 0.5, 0.8, 0.6, 0.2009], [False, True, False, False, True, False]
+    curve = confidence.curve_of(confidences, right, objects=4)
+    assert curve.confidences == [0.2, 0.5, 0.6, 0.8, 0.9]
+    assert (curve.labels, curve.right) == ([6, 4, 3, 2, 1], [2, 2, 2, 1, 1])
+    conf, labels, good = confidence._lowest(curve, value)
+    assert conf == expected
+    assert labels == sum(c >= conf for c in confidences)
+    assert good == sum(r for c, r in zip(confidences, right, strict=True) if c >= conf)
+
+
+def test_labels_are_as_precise_as_asked_on_the_validation_images(
+    old: dict[str, str],
+    say: Callable[..., Said],
+    pictures: Path,
+    tmp_path: Path,
+    cache: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Classes are matched by name: the teacher's are others, in another order."""
+    data = held_out(tmp_path / "new", TRUTH)
+    said = say(SCRIPT)
+    before = snapshot(tmp_path / "new")
+    found = {value: chosen(old["detect"], str(pictures), data, value) for value in (1, 0.65, 0.5, 0.35, 0.3)}
+    assert found == {1: (0.875, 0.1), 0.65: (0.625, 0.1), 0.5: (0.5, 0.1), 0.35: (0.375, 0.1), 0.3: (0.25, 0.1)}
+    assert sorted(said.asked) == ["a", "b", "c"]  # once for all values
+    assert chosen(old["detect"], str(pictures), data, 0.65, pool_unsure=0.8) == (0.625, 0.625)
+    assert chosen(old["detect"], None, data, 0.65, complete_labels=True) == (0.625, 0.1)
+    assert sorted(said.asked) == ["a", "b", "c"]
+    assert snapshot(tmp_path / "new") == before
+    assert [file.suffix for file in (cache.parent / "confidences").iterdir() if file.suffix != ".lock"] == [".json"]
+    sentence = "confidence 0.625 is chosen; on the validation images 66.7 % of 3 labels are right there"
+    assert [r.levelname for r in caplog.records if sentence in r.message] == 3 * ["WARNING"]
+    assert "66.7 % of the objects are found" in caplog.text
+    (tmp_path / "new" / "checked" / "labels" / "train" / "c.txt").write_text("0 0.1 0.2 0.2 0.4\n")
+    assert chosen(old["detect"], str(pictures), data, 0.4) == (0.25, 0.1)
+    assert sorted(said.asked) == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_classes_that_a_training_leaves_out_or_takes_for_one_do_not_count(
+    old: dict[str, str], say: Callable[..., Said], pictures: Path, tmp_path: Path
+) -> None:
+    data = held_out(tmp_path / "new", TRUTH)
+    say(SCRIPT)
+    assert chosen(old["detect"], str(pictures), data, 0.5, classes=[1]) == (0.625, 0.1)  # that of 0.75 is wrong
+    assert chosen(old["detect"], str(pictures), data, 0.5, classes=[0]) == (0.375, 0.1)
+    data = held_out(tmp_path / "turned", {**TRUTH, "a": f"1{HALVES[1:]}"})
+    assert chosen(old["detect"], str(pictures), data, 0.6) == (0.625, 0.1)
+    assert chosen(old["detect"], str(pictures), data, 1, single_cls=True) == (0.875, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("task", "right", "wrong", "kind"),
+    [
+        pytest.param("segment", "0.6 0.2 0.8 0.2 0.8 0.6 0.6 0.6", "0.6 0.2 0.62 0.2 0.8 0.6 0.78 0.6", "boxes"),
+        pytest.param("pose", "0.7 0.4 0.2 0.4" + 4 * " 0.25 0.5", "0.7 0.4 0.2 0.4" + 4 * " 0.8 0.1", "keypoints"),
+        pytest.param("obb", turned(70, 20, 20, 6, 0.6), turned(70, 20, 20, 6, -0.6), "obb"),
+    ],
+)
+def test_a_label_is_right_by_what_its_task_is_about(
+    old: dict[str, str],
+    say: Callable[..., Said],
+    pictures: Path,
+    tmp_path: Path,
+    task: str,
+    right: str,
+    wrong: str,
+    kind: str,
+) -> None:
+    more = {"kpt_shape": [4, 2], "flip_idx": [1, 0, 3, 2]} if task == "pose" else {}
+    data = held_out(tmp_path / "new", {"a": f"0 {right}\n", "b": f"0 {wrong}\n", "c": ""}, **more)
+    box = [70, 20, 20, 6, 0.6] if task == "obb" else [60, 10, 80, 30]
+    say({"a": [[*box, 0.75, OLD]], "b": [[*box, 0.5, OLD]], "c": [[*box, 0.25, OLD]]}, kind)
+    assert chosen(old[task], str(pictures), data, 1, task) == (0.75, 0.1)
+    assert chosen(old[task], str(pictures), data, 0.5, task) == (0.5, 0.1)
+    assert chosen(old[task], str(pictures), data, 0.3, task) == (0.25, 0.1)
+
+
+def test_the_precision_is_that_of_ultralytics_own_validation(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    description = yaml.safe_load(Path(narrow(MODELS["detect"])).read_text()) | {"nc": 1}
+    (tmp_path / "yolov8n.yaml").write_text(yaml.safe_dump(description))
+    torch.manual_seed(3)
+    model = YOLO(str(tmp_path / "yolov8n.yaml"))
+    settled(model.model, sets["detect"])
+    head = model.model.model[-1]
+    for boxes, classes in zip(head.cv2, head.cv3, strict=True):  # boxes of two cells, which the teacher is sure of
+        boxes[-1].bias.data.view(4, -1)[:, 1] += 9
+        classes[-1].bias.data += 6
+    model.model.names = {0: "thing"}
+    model.save(tmp_path / "sure.pt")
+    teacher = str(tmp_path / "sure.pt")
+    data = digits.build(tmp_path / "set", {"train": 2, "val": 6})
+    for i, image in enumerate(sorted((data.parent / "images" / "val").iterdir())):
+        boxes = predicted(teacher, image, 0.01).boxes.xywhn.tolist()
+        boxes = boxes[: len(boxes) // 2] if i % 2 else boxes[::3]  # in some, the surer ones are right
+        lines = "".join(f"0 {' '.join(f'{x:.6f}' for x in box)}\n" for box in boxes)
+        (data.parent / "labels" / "val" / f"{image.stem}.txt").write_text(lines)
+    for file in (data.parent / "labels" / "train").iterdir():
+        file.write_text("")
+    data.write_text(yaml.safe_dump({**yaml.safe_load(data.read_text()), "names": {0: "thing"}}))
+    conf, _ = chosen(teacher, str(pictures), str(data), 0.6)
+    curve = json.loads(next((tmp_path / "cache").rglob("confidences/*.json")).read_text())
+    metrics = YOLO(teacher).val(data=str(data), imgsz=64, rect=False, device="cpu", plots=False, project=str(tmp_path))
+    many = np.array(curve["labels"]) >= 100
+    for name, (theirs,) in (("labels", metrics.box.p_curve), ("objects", metrics.box.r_curve)):
+        ours = np.array(curve["right"]) / curve[name]
+        assert ours[many] == pytest.approx(np.interp(curve["confidences"], metrics.box.px, theirs)[many], abs=0.02)
+    assert many.sum() > 50
+    assert conf == pytest.approx(metrics.box.px[(metrics.box.p_curve[0] >= 0.6).argmax()], abs=0.005)
+
+
+def test_a_precision_that_is_never_reached_is_refused_with_one_that_is(
+    old: dict[str, str], say: Callable[..., Said], pictures: Path, tmp_path: Path, cache: Path
+) -> None:
+    data = held_out(tmp_path / "new", {**TRUTH, "a": ""})
+    say(SCRIPT)
+    with pytest.raises(
+        ConfigError,
+        match=r"pool_precision=0\.5: .* reach 0\.3333 at most \(from confidence 0\.625 on\) .* give "
+        r"pool_precision=0\.333 or less, or pool_conf instead",
+    ) as error:
+        chosen(old["detect"], str(pictures), data, 0.5)
+    assert len(str(error.value)) < 300
+    assert not cache.exists()
+    assert chosen(old["detect"], str(pictures), data, 0.333) == (0.625, 0.1)
+    say({})
+    data = held_out(tmp_path / "unseen", {**TRUTH})
+    with pytest.raises(ConfigError, match=r"labels are never right on the validation images; give pool_conf instead"):
+        chosen(old["detect"], str(pictures), data, 0.5)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.1, True, "high"])
+def test_a_precision_is_a_share(value: Any) -> None:
+    expected = rf"pool_precision={value}: must be a number above 0 and at most 1, such as pool_precision=0\.9"
+    with pytest.raises(ConfigError, match=expected):
+        Settings.parse({"teacher": "t", "pool_precision": value})
+
+
+def test_a_precision_that_cannot_be_measured_is_refused(
+    teachers: dict[str, str], sets: dict[str, str], old: dict[str, str], pictures: Path, tmp_path: Path, cache: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"pool_precision=0\.9: decides the confidence itself, but pool_conf=0\.5 is"):
+        Settings.parse({"teacher": "t", "pool_precision": 0.9, "pool_conf": 0.5})
+    for task in ("semantic", "depth"):
+        with pytest.raises(ConfigError, match=f"pool_precision=0.9: labels of task={task} are maps.*leave pool_prec"):
+            chosen(teachers[task], str(pictures), sets[task], 0.9, task)
+    with pytest.raises(ConfigError, match=r"pool_precision=0\.9: is measured on .*; give data=, or pool_conf instead"):
+        chosen(teachers["detect"], str(pictures), None, 0.9)
+    with pytest.raises(ConfigError, match=r"unlabeled=.*nowhere: names no file"):
+        chosen(teachers["detect"], "nowhere", sets["detect"], 0.9)
+    with pytest.raises(ConfigError, match=r"validation images of data=.* have no usable labels; label some of them"):
+        chosen(old["detect"], str(pictures), held_out(tmp_path / "new", {"a": "", "b": None, "c": "0 9 9 9 9"}), 0.9)
+    assert not [file for file in cache.parent.rglob("*") if file.is_file()]
+
+
+def surer(teacher: str, folder: Path) -> str:
+    """Save a copy of a detector that is surer of what it sees."""
+    model = YOLO(teacher)
+    for branch in model.model.model[-1].cv3:
+        branch[-1].bias.data += 5
+    model.save(folder / "surer.pt")
+    return str(folder / "surer.pt")
+
+
+def seen_by(teacher: str, folder: Path) -> str:
+    """Make a data set whose validation labels are what the teacher is surest of, and return its YAML file."""
+    data = digits.build(folder, {"train": 6, "val": 4})
+    for image in sorted((data.parent / "images" / "val").iterdir()):
+        boxes = predicted(teacher, image, 0.02).boxes[:5]
+        rows = zip(boxes.cls.tolist(), boxes.xywhn.tolist(), strict=True)
+        lines = [f"{kind:.0f} {' '.join(f'{x:.6f}' for x in box)}\n" for kind, box in rows]
+        (data.parent / "labels" / "val" / f"{image.stem}.txt").write_text("".join(lines))
+    return str(data)
+
+
+def test_a_resumed_run_and_the_command_use_the_confidence_again(
+    train: Callable[..., CWDTrainer],
+    teachers: dict[str, str],
+    pictures: Path,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    teacher = surer(teachers["detect"], tmp_path)
+    data = seen_by(teacher, tmp_path)
+    asked: list[int] = []
+    predict = store.predictions
+    monkeypatch.setattr(store, "predictions", lambda plan, todo: (asked.append(len(todo)), predict(plan, todo))[1])
+    words = {"data": data, "teacher": teacher, "unlabeled": str(pictures), "pool_precision": 0.6}
+    last = interrupted(train, tmp_path, 1, epochs=2, **words)
+    assert asked == [4, 7]
+    files = {file.name for file in last.parents[1].rglob("*")}
+    assert files == {"args.yaml", "cwd.yaml", "results.csv", "weights", "last.pt", "best.pt", "cwd.pt"}
+    trainer = resume(last)
+    assert asked == [4, 7]
+    assert trainer.cwd.pool_precision == 0.6
+    found = records(trainer.pool)
+    curve = json.loads(next((cache.parent / "confidences").glob("*.json")).read_text())
+    precise = np.array(curve["right"]) / curve["labels"] >= 0.6
+    conf = curve["confidences"][precise.argmax()]
+    assert precise.any()
+    sure = [c for record in found.values() for c in record["confidences"]]
+    assert min(sure) >= conf - 1e-4
+    everything = [c for image in pictures.rglob("*.jpg") for c in predicted(teacher, image, conf).boxes.conf.tolist()]
+    assert len(sure) == len(everything) > 0
+    options = [f"teacher={teacher}", f"source={pictures}", "imgsz=64", "device=cpu", "pool_precision=0.6"]
+    assert main(["label", *options, f"data={data}"]) == 0
+    assert asked == [4, 7]
+    assert "7 images labelled by" in capsys.readouterr().out
+    assert main(["label", *options]) == 2
+    assert "pool_precision=0.6: is measured on the validation images of a data set" in capsys.readouterr().err
+
+
+def test_check_does_not_measure_the_precision(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"unlabeled={pictures}", "pool_precision=0.9", "imgsz=64", "batch=2", "device=cpu"]
+    of = {task: [f"teacher={teachers[task]}", f"data={sets[task]}"] for task in ("detect", "semantic")}
+    assert main(["check", *of["detect"], f"student={STUDENT}", *words]) == 0
+    assert "unlabeled 7 images can be used" in capsys.readouterr().out
+    assert not cache.parent.exists()
+    assert main(["check", *of["semantic"], f"student={narrow(MODELS['semantic'])}", *words]) == 2
+    assert "pool_precision=0.9: labels of task=semantic are maps" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_several_processes_measure_once(teachers: dict[str, str], pictures: Path, tmp_path: Path, cache: Path) -> None:
+    teacher = surer(teachers["detect"], tmp_path)
+    words = {**SHORT, "teacher": teacher, "data": seen_by(teacher, tmp_path), "unlabeled": pictures}
+    words |= {"pool_precision": 0.6, "verbose": True, "project": tmp_path / "runs", "model": teacher}
+    result = torchrun(2, "-m", "yolo_cwd", "train", *as_words(**words), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (result.stdout + result.stderr).count("labels 4 validation images") == 1
+    assert len(list((cache.parent / "confidences").glob("*.json"))) == 1
+    assert len(list(cache.glob("*/records/*.json"))) == 7

@@ -58,7 +58,8 @@ from yolo_cwd.run.refusal import disk_is_full
 from yolo_cwd.run.request import data_of
 
 VERSION = 1  # part of the key: raise it whenever what is written changes
-OF_DATA = ("data", "imgsz", "single_cls", "fraction", "split")  # arguments that a resumed run takes from its checkpoint
+# Arguments that a resumed run takes from its checkpoint
+OF_DATA = ("data", "imgsz", "single_cls", "classes", "fraction", "split")
 PAINTABLE = {1, 3}  # numbers of channels of images that can be written as they were read
 WRITABLE = {".jpg", ".jpeg", ".png", ".bmp"}  # suffixes of images that OpenCV can write as well as read
 MAPS = {"semantic", "depth"}  # tasks in which every pixel has a label
@@ -288,9 +289,27 @@ def made_once(folder: Path, argument: str, make: Callable[[], Path]) -> Pool:
     Raises:
         ConfigError: If the disk is full.
     """
+    with writing_alone(folder, argument):
+        lists = make()
+    data = lists.with_suffix(".yaml")
+    train = yaml.safe_load(data.read_text(encoding="utf-8"))["train"]
+    return Pool(folder, train, data, Found(**json.loads(lists.read_text(encoding="utf-8"))))
+
+
+@contextmanager
+def writing_alone(folder: Path, argument: str) -> Iterator[None]:
+    """Let one process at a time write into a folder of ours.
+
+    Args:
+        folder: The folder.
+        argument: The argument that asks for what is written, with its value.
+
+    Raises:
+        ConfigError: If the disk is full.
+    """
     try:
         with _alone(folder):
-            lists = make()
+            yield
     except OSError as error:
         if not disk_is_full(error):
             raise
@@ -298,9 +317,6 @@ def made_once(folder: Path, argument: str, make: Callable[[], Path]) -> Pool:
             f"{argument}: cannot write {error.filename or folder} ({error.strerror}); make room, or set "
             "XDG_CACHE_HOME to a folder on another disk"
         ) from error
-    data = lists.with_suffix(".yaml")
-    train = yaml.safe_load(data.read_text(encoding="utf-8"))["train"]
-    return Pool(folder, train, data, Found(**json.loads(lists.read_text(encoding="utf-8"))))
 
 
 @contextmanager
@@ -456,7 +472,7 @@ def _write_labels(plan: Plan, images: Sequence[str], names: Mapping[str, str]) -
     bar = TQDM(total=len(images), desc=f"{colorstr('CWD:')} labelling")
     writing: deque[Future[None]] = deque()
     with closing(bar), ThreadPoolExecutor(WRITERS) as writers:
-        for result in _predictions(plan, images):
+        for result in predictions(plan, images):
             writing.append(writers.submit(_put, plan, result, Path(result.path), names[result.path]))
             if len(writing) > MOST_WRITING:
                 writing.popleft().result()
@@ -465,7 +481,7 @@ def _write_labels(plan: Plan, images: Sequence[str], names: Mapping[str, str]) -
             rest.result()
 
 
-def _predictions(plan: Plan, images: Sequence[str]) -> Iterator[Any]:
+def predictions(plan: Plan, images: Sequence[str]) -> Iterator[Any]:
     """Yield the teacher's predictions on images, in any order."""
     settings, args = plan.settings, plan.args
     conf = min(settings.pool_conf, settings.pool_unsure)
@@ -568,10 +584,11 @@ def form_of(teacher: YOLO, data: Mapping[str, Any], settings: Settings, translat
             f"{name}: takes images of {channels} channels, the data have {data.get('channels', 3)}; "
             "choose a teacher trained on such images"
         )
-    if channels not in PAINTABLE and settings.pool_unsure < settings.pool_conf:
+    most = settings.pool_conf if settings.pool_precision is None else 1.0  # not chosen yet
+    if channels not in PAINTABLE and settings.pool_unsure < most:
         raise ConfigError(
             f"pool_unsure={settings.pool_unsure:g}: images of {channels} channels cannot be painted over; give "
-            f"pool_unsure={settings.pool_conf:g}, as pool_conf"
+            f"pool_unsure={most:g} to paint none"
         )
     if task == "semantic" and not data.get("masks_dir"):
         raise ConfigError(

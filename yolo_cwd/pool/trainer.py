@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from yolo_cwd.config import Settings, unusable_data
-from yolo_cwd.pool import complete, store
+from yolo_cwd.pool import complete, confidence, store
 from yolo_cwd.run import distributed
 from yolo_cwd.run.resumable import ResumableTrainer
 from yolo_cwd.tasks import Task
@@ -30,7 +30,8 @@ class PooledTrainer(ResumableTrainer):
 
     def label_pool(self, args: Any) -> store.Pool | None:
         """Let the teacher label the images of `unlabeled`, and complete the labels of the others."""
-        pool = complete.prepare(self.cwd, self.task.name, args)
+        settings = confidence.chosen(self.cwd, self.task.name, args)
+        pool = complete.prepare(settings, self.task.name, args)
         gc.collect()  # the teacher with its head
         torch.cuda.empty_cache()
         return pool

@@ -22,7 +22,7 @@ from ultralytics.utils.plotting import plot_images
 from yolo_cwd import digits
 from yolo_cwd.config import ConfigError, Settings, check_names, listed, split_options
 from yolo_cwd.method.teacher import load_teacher
-from yolo_cwd.pool import complete, store
+from yolo_cwd.pool import complete, confidence, store
 from yolo_cwd.pool.images import evenly, images_of_data, list_images
 from yolo_cwd.study.advice import WIDTH
 
@@ -52,6 +52,7 @@ def run(words: dict[str, Any]) -> store.Pool:
     teacher = store.whole_teacher(settings, arguments.get("task"))
     data = digits.resolve(arguments.get("data"), teacher.task)
     args = get_cfg(DEFAULT_CFG_DICT, {**arguments, "data": data, "task": teacher.task})
+    settings = confidence.chosen(settings, teacher.task, args)
     pool = complete.prepare(settings, teacher.task, args)
     names = check_det_dataset(str(pool.data))["names"] if settings.unlabeled else dict(enumerate(pool.found.objects))
     print(as_text(pool, settings, _draw(pool, args)))

@@ -53,7 +53,7 @@ class Trial(Unheard, CWDTrainer):
         args.data = None if args.data == MADE_UP else args.data
         if self.cwd.complete_labels:
             self.completed = complete.count(self.cwd, self.task.name, args)
-        else:
+        elif self.cwd.labelling:
             store.whole_teacher(self.cwd, self.task.name)  # refuses one that cannot label
         if self.cwd.unlabeled:
             self.unlabeled = store.count(self.cwd, args)

@@ -1055,6 +1055,7 @@ def test_polygons_of_class_maps_may_have_a_pool_without_labels(
     description = yaml.safe_load(Path(sets["segment"]).read_text())
     (tmp_path / "polygons.yaml").write_text(yaml.safe_dump(description))
     words = {"data": str(tmp_path / "polygons.yaml"), "unlabeled": str(pictures), "pool_weight": 0}
+    words["teacher"] = YOLO(TEACHER)
     trainer = train(model=narrow(MODELS["semantic"]), **words)
     assert len(trainer.train_loader.dataset) == 6 + 7
 

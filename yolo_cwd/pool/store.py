@@ -464,7 +464,8 @@ def label_images(plan: Plan, images: Sequence[Path]) -> list[dict[str, Any]]:
 
 def _write_labels(plan: Plan, images: Sequence[str], names: Mapping[str, str]) -> None:
     """Label images, without making the teacher wait for the disk."""
-    bar = TQDM(total=len(images), desc=f"{colorstr('CWD:')} labelling")
+    doing = "labelling" if plan.teacher else "gathering"
+    bar = TQDM(total=len(images), desc=f"{colorstr('CWD:')} {doing}")
     writing: deque[Future[None]] = deque()
     with closing(bar), ThreadPoolExecutor(WRITERS) as writers:
         results = _predictions(plan, images) if plan.teacher else (SimpleNamespace(path=image) for image in images)

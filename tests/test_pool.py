@@ -956,6 +956,12 @@ def test_images_of_the_pool_count_by_the_weight(
     assert not any(value.any() for value in (none, images.grad, *found.values()))
 
 
+def test_a_batch_that_names_no_image_counts_fully() -> None:
+    """As those on which Ultralytics estimates the batch size."""
+    loss, _ = PoolWeight(0.0, Path("pool"), True)(lambda *_: (torch.ones(3), {}), None, {"img": torch.zeros(2)})
+    assert loss.tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize("cache", [False, "ram"])
 @pytest.mark.parametrize("task", ["detect", "segment", "semantic"])
 def test_images_are_mixed_with_those_of_their_kind(sets: dict[str, str], tmp_path: Path, task: str, cache: Any) -> None:

@@ -133,6 +133,11 @@ class Plan(NamedTuple):
         """The folder in which Ultralytics looks for labels."""
         return self.form.folder
 
+    @property
+    def doing(self) -> str:
+        """What happens to the images, in a word."""
+        return "labelling" if self.teacher else "gathering"
+
     def name(self, image: Path) -> str:
         """Return the name of an image's files; it depends on the existing labels."""
         if image not in self.own:
@@ -328,7 +333,7 @@ def _alone(folder: Path) -> Iterator[None]:
             lock.acquire(timeout=1)
         except Timeout:
             if LOCAL_RANK in {-1, 0}:
-                LOGGER.info(f"{colorstr('CWD:')} waiting for another process that labels images by this teacher")
+                LOGGER.info(f"{colorstr('CWD:')} waiting for another process that prepares such images")
             lock.acquire()
     try:
         yield
@@ -449,12 +454,12 @@ def label_images(plan: Plan, images: Sequence[Path]) -> list[dict[str, Any]]:
         (plan.folder / part).mkdir(parents=True, exist_ok=True)
     if missing:
         done = f", {len(images) - len(missing)} are done" if len(missing) < len(images) else ""
-        doing = f"{plan.settings.teacher} labels" if plan.teacher else "gathering"
-        LOGGER.info(f"{colorstr('CWD:')} {doing} {len(missing)} images{done}, into {plan.folder}")
+        who = f"{plan.settings.teacher} labels" if plan.teacher else plan.doing
+        LOGGER.info(f"{colorstr('CWD:')} {who} {len(missing)} images{done}, into {plan.folder}")
         try:
             _write_labels(plan, missing, names)
         except KeyboardInterrupt as interrupt:
-            raise type(interrupt)("labelling is interrupted; run the same command again to continue") from None
+            raise type(interrupt)(f"{plan.doing} is interrupted; run the same command again to continue") from None
     records = [_record(plan.folder, name) for name in names.values()]
     found = [record for record in records if record]
     if lost := len(records) - len(found):
@@ -464,8 +469,7 @@ def label_images(plan: Plan, images: Sequence[Path]) -> list[dict[str, Any]]:
 
 def _write_labels(plan: Plan, images: Sequence[str], names: Mapping[str, str]) -> None:
     """Label images, without making the teacher wait for the disk."""
-    doing = "labelling" if plan.teacher else "gathering"
-    bar = TQDM(total=len(images), desc=f"{colorstr('CWD:')} {doing}")
+    bar = TQDM(total=len(images), desc=f"{colorstr('CWD:')} {plan.doing}")
     writing: deque[Future[None]] = deque()
     with closing(bar), ThreadPoolExecutor(WRITERS) as writers:
         results = _predictions(plan, images) if plan.teacher else (SimpleNamespace(path=image) for image in images)

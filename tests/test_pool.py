@@ -1,10 +1,13 @@
 """Images without labels: what the teacher's labels are, where they lie, which images are left out, and the training."""
 
 import json
+import math
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,21 +17,29 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SHORT, STUDENT, narrow, settled
+from conftest import SHORT, STUDENT, TEACHER, narrow, settled
+from processes import Started
 from test_distributed import as_words, torchrun
 from test_state import interrupted, resume
+from test_trainer import rows as results
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
+from ultralytics.data.augment import Mosaic
+from ultralytics.data.build import build_yolo_dataset
+from ultralytics.data.utils import check_det_dataset
 from ultralytics.engine.results import Results
+from ultralytics.nn.tasks import guess_model_task
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.ops import xywhr2xyxyxyxy
 
 from yolo_cwd import CWDTrainer, digits
 from yolo_cwd.cli import main
 from yolo_cwd.config import ConfigError, Settings
+from yolo_cwd.method import prepare
 from yolo_cwd.pool import complete, confidence, store
 from yolo_cwd.pool.images import list_images
 from yolo_cwd.pool.labels import painted
+from yolo_cwd.pool.weight import Mates, PoolWeight
 from yolo_cwd.study import compare
 from yolo_cwd.study import label as label_command
 
@@ -57,21 +68,24 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {task: str(digits.build(root, {"train": 6, "val": 4}, task=task)) for task in MODELS}
 
 
+def suited(name: str, data: str, folder: Path) -> YOLO:
+    """A narrow model of random weights for the classes and key points of a data set."""
+    description, content = (yaml.safe_load(Path(file).read_text()) for file in (narrow(name), data))
+    description |= {"nc": len(content["names"])} | {k: content[k] for k in ("kpt_shape",) if k in content}
+    file = folder / name
+    file.write_text(yaml.safe_dump(description))
+    return YOLO(str(file))
+
+
 @pytest.fixture(scope="module")
 def teachers(sets: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Checkpoints by task: of random weights, settled, with the names of the data."""
     folder = tmp_path_factory.mktemp("teachers")
     for task, name in MODELS.items():
-        data = yaml.safe_load(Path(sets[task]).read_text())
         torch.manual_seed(3)
-        description = yaml.safe_load(Path(narrow(name)).read_text()) | {"nc": len(data["names"])}
-        if task == "pose":
-            description["kpt_shape"] = data["kpt_shape"]
-        file = folder / f"{task}-{name}"
-        file.write_text(yaml.safe_dump(description))
-        model = YOLO(str(file), task=task)
+        model = suited(name, sets[task], folder)
         settled(model.model, sets[task])
-        model.model.names = data["names"]
+        model.model.names = yaml.safe_load(Path(sets[task]).read_text())["names"]
         model.save(folder / f"{task}.pt")
     return {task: str(folder / f"{task}.pt") for task in MODELS}
 
@@ -225,6 +239,7 @@ def test_sources_are_folders_globs_lists_and_images(pictures: Path, tmp_path: Pa
         ({"pool_conf": 2}, "pool_conf=2: must be a number"),
         ({"pool_conf": 0.05}, "pool_unsure=0.1: must be at most pool_conf=0.05"),
         ({"pool_ratio": 0}, "pool_ratio=0: must be a number above 0"),
+        ({"pool_weight": 2}, "pool_weight=2: must be a number at least 0 and at most 1"),
         ({"pool_classes": "some"}, "pool_classes=some: must be one of all, known"),
     ],
 )
@@ -1156,4 +1171,306 @@ def test_several_processes_measure_once(teachers: dict[str, str], pictures: Path
     assert result.returncode == 0, result.stderr[-2000:]
     assert (result.stdout + result.stderr).count("labels 4 validation images") == 1
     assert len(list((cache.parent / "confidences").glob("*.json"))) == 1
+
+
+def beside_a_pool(task: str, data: str, folder: Path, **overrides: Any) -> tuple[Any, PoolWeight]:
+    """Make a dataset of the 6 images of data and of copies of 4 of them in a pool, and return both."""
+    root = Path(data).parent
+    for part in ("images", "labels", "masks", "depth"):
+        (folder / part).mkdir(parents=True)
+        for file in sorted((root / part / "train").glob("*.*"))[:4]:
+            shutil.copy(file, folder / part)
+    args = arguments(data, task=task, **overrides)
+    images = [str(root / "images" / "train"), str(folder / "images")]
+    return build_yolo_dataset(args, images, 4, check_det_dataset(data)), PoolWeight(0.5, folder, args.overlap_mask)
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides"),
+    [
+        *((name, {}) for name in MODELS.values()),
+        *((f"yolo26n{task}.yaml", {}) for task in ("", "-seg", "-pose", "-obb")),  # with two heads
+        *((f"{name}-seg.yaml", {"overlap_mask": False}) for name in ("yolov8n", "yolo26n")),
+    ],
+)
+def test_images_of_the_pool_count_by_the_weight(
+    sets: dict[str, str], tmp_path: Path, model: str, overrides: dict[str, Any]
+) -> None:
+    """The images of each kind, collated and seen by the student on their own, are the reference."""
+    torch.manual_seed(0)
+    task = guess_model_task(narrow(model))
+    student = suited(model, sets[task], tmp_path).model
+    dataset, weigh = beside_a_pool(task, sets[task], tmp_path / "pool", mosaic=0, **overrides)
+    student.args = arguments(sets[task], **overrides)
+    criterion = student.init_criterion()
+    for layer in student.train().modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.eval()  # what it makes of an image then depends on no other one
+    samples = [dataset[i] for i in (6, 0, 7, 8, 1)]
+
+    def loss(of: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        batch = dataset.collate_fn(deepcopy([samples[i] for i in of]))
+        batch["img"] = (batch["img"] / 255).requires_grad_()
+        return *weigh(criterion, student(batch["img"]), batch), batch["img"]
+
+    own, items, _ = loss([1, 4])
+    weigh.weight = 1.0
+    pool, further, _ = loss([0, 2, 3])
+    for weight in (0.3, 0.0):
+        weigh.weight = weight
+        both, found, images = loss([0, 1, 2, 3, 4])
+        assert both.shape == own.shape
+        assert both.tolist() == pytest.approx((own + weight * pool).tolist(), rel=1e-4, abs=1e-5)
+        expected = {name: (2 * item + weight * 3 * further[name]) / 5 for name, item in items.items()}
+        assert {name: item.item() for name, item in found.items()} == pytest.approx(
+            {name: item.item() for name, item in expected.items()}, rel=1e-4, abs=1e-5
+        )
+    both.sum().backward()
+    assert [bool(image.any()) for image in images.grad] == [False, True, False, False, True]
+    none, found, images = loss([0, 2, 3])
+    none.sum().backward()
+    assert not any(value.any() for value in (none, images.grad, *found.values()))
+
+
+def test_a_batch_that_names_no_image_counts_fully() -> None:
+    """As those on which Ultralytics estimates the batch size."""
+    loss, _ = PoolWeight(0.0, Path("pool"), True)(lambda *_: (torch.ones(3), {}), None, {"img": torch.zeros(2)})
+    assert loss.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("cache", [False, "ram"])
+@pytest.mark.parametrize("task", ["detect", "segment", "semantic"])
+def test_images_are_mixed_with_those_of_their_kind(sets: dict[str, str], tmp_path: Path, task: str, cache: Any) -> None:
+    mixing = {"mosaic": 1, "mixup": 1, "cutmix": 1, "copy_paste": 1, "copy_paste_mode": "mixup"}
+    dataset, weigh = beside_a_pool(task, sets[task], tmp_path / "pool", cache=cache, **mixing)
+    weigh.keep_apart(dataset)
+    dataset = pickle.loads(pickle.dumps(dataset))  # as it gets to workers
+    seen: list[int] = []
+    get = dataset.get_image_and_label
+    dataset.get_image_and_label = lambda i: (seen.append(i), get(i))[1]
+    drawn: set[int] = set()
+    for i in [*range(10), *range(10)]:
+        seen.clear()
+        dataset[i]
+        assert len(seen) > 4
+        assert {image > 5 for image in seen} == {i > 5}
+        drawn.update(seen)
+    assert drawn == set(range(10))
+    dataset.close_mosaic(arguments(sets[task]))
+    seen.clear()
+    dataset[7]
+    assert seen == [7]
+
+
+def test_a_mosaic_of_nine_is_of_one_kind(sets: dict[str, str], tmp_path: Path) -> None:
+    dataset, weigh = beside_a_pool("detect", sets["detect"], tmp_path / "pool")
+    mosaic = Mosaic(dataset, imgsz=64, p=1.0, n=9)
+    dataset.transforms.transforms[0] = mosaic
+    weigh.keep_apart(dataset)
+    for i in (0, 9):
+        dataset.transforms[0](dataset.get_image_and_label(i))
+        positions = mosaic.get_indexes()
+        assert len(positions) == 8
+        files = {mosaic.dataset.get_image_and_label(position)["im_file"] for position in positions}
+        assert {weigh.holds(file) for file in files} == {i == 9}
+
+
+def test_few_images_in_memory_are_not_mixed_again_and_again(sets: dict[str, str], tmp_path: Path) -> None:
+    dataset, weigh = beside_a_pool("detect", sets["detect"], tmp_path / "pool")
+    weigh.keep_apart(dataset)
+    mates = dataset.transforms[0]
+    dataset.max_buffer_length, dataset.buffer = 8, [6, 7, 8, 3]
+    mates({"im_file": dataset.im_files[3]})
+    assert sorted(mates.buffer) == [0, 1, 2, 3, 4, 5]
+    mates({"im_file": dataset.im_files[6]})
+    assert [mates.get_image_and_label(i)["im_file"] for i in mates.buffer] == [dataset.im_files[i] for i in (6, 7, 8)]
+
+
+@pytest.fixture
+def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a teacher that is asked for labels fail."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("asked for labels")
+
+    monkeypatch.setattr(store, "predictions", refuse)
+    monkeypatch.setattr(store, "whole_teacher", refuse)
+
+
+@pytest.mark.usefixtures("unasked")
+@pytest.mark.parametrize("task", MODELS)
+def test_with_weight_0_any_teacher_will_do(
+    train: Callable[..., CWDTrainer],
+    teachers: dict[str, str],
+    sets: dict[str, str],
+    pictures: Path,
+    task: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seen: list[Any] = []
+    teacher = teachers["pose" if task == "detect" else "detect"]
+    callbacks = {"on_train_batch_end": lambda trainer: seen.append(trainer.train_loader.dataset)}
+    words = {"cwd": "balanced", "adapter": "fitted", "epochs": 2, "close_mosaic": 1, "val": True, "batch": 3}
+    words |= {"unlabeled": str(pictures), "pool_weight": 0, "callbacks": callbacks, "teacher": teacher}
+    trainer = train(model=narrow(MODELS[task]), data=sets[task], **words)
+    pool = [label for label in seen[0].labels if str(trainer.pool.folder) in label["im_file"]]
+    assert (len(seen[0]), len(pool)) == (6 + 7, 7)
+    assert not any(len(label["cls"]) for label in pool)
+    assert all(math.isfinite(value) for row in results(trainer) for value in row.values())
+    assert (trainer.criterion.meter.means > 0).all()
+    assert "7 images without labels teach by the teacher's maps alone (pool_weight=0)" in caplog.text
+    for record in records(trainer.pool).values():
+        written = trainer.pool.folder / record["label"]
+        assert Path(record["source"]).samefile(trainer.pool.folder / record["image"])
+        if task == "semantic":
+            assert (cv2.imread(str(written), cv2.IMREAD_UNCHANGED) == 255).all()
+        elif task == "depth":
+            assert not np.load(written).any()
+        else:
+            assert written.read_text() == ""
+
+
+@pytest.mark.usefixtures("unasked")
+def test_polygons_of_class_maps_may_have_a_pool_without_labels(
+    train: Callable[..., CWDTrainer], sets: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    description = yaml.safe_load(Path(sets["segment"]).read_text())
+    (tmp_path / "polygons.yaml").write_text(yaml.safe_dump(description))
+    words = {"data": str(tmp_path / "polygons.yaml"), "unlabeled": str(pictures), "pool_weight": 0}
+    words["teacher"] = YOLO(TEACHER)
+    trainer = train(model=narrow(MODELS["semantic"]), **words)
+    assert len(trainer.train_loader.dataset) == 6 + 7
+
+
+def test_a_model_that_is_saved_while_a_pool_counts_less_is_plain(
+    train: Callable[..., CWDTrainer], sets: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "guest.pt"
+    callbacks = {"on_train_batch_end": lambda trainer: torch.save({"model": trainer.model}, file)}
+    words = {"unlabeled": str(pictures), "pool_weight": 0, "callbacks": callbacks}
+    trainer = train(data=sets["detect"], **words)
+    assert trainer.criterion.weigh is not None
+    ended = Started("processes:load_without_us", str(file), cwd=tmp_path).wait()
+    assert ended.code == 0, ended.stderr
+    assert ended.stdout.split()[0] == "ultralytics.utils.loss"
+
+
+@pytest.mark.parametrize("weight", [1, 0.5])
+def test_the_weight_is_that_of_the_training(
+    train: Callable[..., CWDTrainer],
+    teachers: dict[str, str],
+    sets: dict[str, str],
+    pictures: Path,
+    weight: float,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    words = {"teacher": teachers["detect"], "unlabeled": str(pictures), "pool_weight": weight, "cwd": 0, **POOL}
+    seen: list[Any] = []
+    callbacks = {"on_train_start": lambda trainer: seen.extend(trainer.train_loader.dataset.transforms.transforms)}
+    trainer = train(data=sets["detect"], callbacks=callbacks, **words)
+    assert any(isinstance(transform, Mates) for transform in seen) == (weight < 1)
+    assert ("each counts as 0.5 of a labelled one" in caplog.text) == (weight < 1)
+    batch = next(iter(trainer.train_loader))
+    batch["img"] = batch["img"] / 255
+    preds = trainer.model.train()(batch["img"])
+    expected, _ = trainer.criterion.criterion(preds, batch)
+    if weight == 1:
+        assert trainer.criterion.weigh is None
+    else:
+        weigh = trainer.criterion.weigh
+        assert weigh.weight == weight
+        expected, _ = weigh(trainer.criterion.criterion, preds, batch)
+    loss, _ = trainer.criterion(preds, batch)
+    assert torch.equal(loss[: len(expected)], expected)
+
+
+def test_completed_labels_count_fully(
+    train: Callable[..., CWDTrainer], teachers: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    data = new_classes(tmp_path / "new")
+    teacher = renamed(teachers["detect"], tmp_path, [*"01234", "a", "b", "c", "d", "e"])
+    words = {"data": data, "teacher": teacher, "complete_labels": True, "pool_weight": 0, **POOL}
+    assert train(**words).criterion.weigh is None
+    trainer = train(**words, unlabeled=str(pictures))  # the teacher knows too little to label these
+    files = trainer.train_loader.dataset.im_files
+    kinds = [Path(file).parents[2].name for file in files]
+    assert [trainer.criterion.weigh.holds(file) for file in files] == [kind == "unlabeled" for kind in kinds]
+    assert kinds.count("completed") == 6
+
+
+def test_measuring_waits_for_an_image_with_labels(
+    train: Callable[..., CWDTrainer], sets: dict[str, str], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds: list[bool] = []
+    measure = prepare.measure
+
+    def noting(criterion: Any, student: Any, teacher: Any, batch: Any) -> None:
+        kinds.extend(criterion.weigh.holds(file) for file in batch["im_file"])
+        measure(criterion, student, teacher, batch)
+
+    monkeypatch.setattr(prepare, "measure", noting)
+    shares: list[dict[str, float]] = []
+    callbacks = {"on_train_epoch_end": lambda trainer: shares.append(trainer.criterion.meter.shares)}
+    words = {"unlabeled": str(pictures), "pool_weight": 0, "cwd": "balanced", "batch": 1, "fraction": 0.17}
+    trainer = train(data=sets["detect"], callbacks=callbacks, **words)
+    assert len(kinds) > 2
+    assert kinds == [True] * (len(kinds) - 1) + [False]
+    assert (trainer.criterion.meter.means > 0).all()
+    assert trainer.criterion.taught == 8
+    assert 0 < shares[0]["P3"] < 10
+
+
+def test_a_training_without_any_measured_strength_stops(
+    train: Callable[..., CWDTrainer], sets: dict[str, str], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PoolWeight, "holds", lambda *_: True)
+    monkeypatch.setattr(prepare, "MOST_MEASURED", 3)
+    words = {"unlabeled": str(pictures), "pool_weight": 0, "cwd": "balanced", "class_share": 0}
+    with pytest.raises(ConfigError, match=r"pool_weight=0: .* give pool_ratio=20, or a larger batch") as error:
+        train(data=sets["detect"], **words)
+    assert len(str(error.value)) < 300
+
+
+def test_a_pool_that_would_teach_nothing_is_refused(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="pool_weight=0: with cwd=0 unlabelled images would teach nothing; leave one"):
+        settings("t", str(pictures), pool_weight=0, cwd=0)
+    assert Settings.parse({"teacher": "t", "pool_weight": 0, "cwd": 0}).pool_weight == 0
+    assert main(["label", f"teacher={STUDENT}", f"source={pictures}", "pool_weight=0"]) == 2
+    assert "pool_weight=0: such images get no labels" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unasked")
+def test_a_pool_without_labels_is_resumed_compared_and_checked(
+    train: Callable[..., CWDTrainer],
+    sets: dict[str, str],
+    pictures: Path,
+    tmp_path: Path,
+    cache: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    last = interrupted(train, tmp_path, 1, epochs=2, data=sets["detect"], unlabeled=str(pictures), pool_weight=0)
+    shutil.rmtree(cache)
+    trainer = resume(last)
+    assert (len(trainer.train_loader.dataset), trainer.epoch, trainer.criterion.weigh.weight) == (6 + 7, 1, 0)
+    words: dict[str, Any] = {**SHORT, "student": STUDENT, "teacher": TEACHER, "data": sets["detect"], "seeds": 1}
+    del words["model"]
+    arms = f"maps:unlabeled={pictures},pool_weight=0"
+    assert list(compare.run({**words, "folder": str(tmp_path / "compared"), "arms": arms})["arms"]) == ["maps"]
+    shutil.rmtree(cache)
+    words = {"teacher": TEACHER, "student": STUDENT, "data": sets["detect"], "unlabeled": pictures, "pool_weight": 0}
+    assert main(["check", *as_words(**words), "imgsz=64", "batch=2", "device=cpu"]) == 0
+    assert "unlabeled 7 images can be used" in capsys.readouterr().out
+    assert not cache.exists()
+
+
+@pytest.mark.slow
+def test_several_processes_use_a_pool_without_labels(
+    sets: dict[str, str], pictures: Path, tmp_path: Path, cache: Path
+) -> None:
+    words = {**SHORT, "teacher": TEACHER, "data": sets["detect"], "unlabeled": pictures, "pool_weight": 0}
+    words |= {"verbose": True, "project": tmp_path / "runs"}
+    result = torchrun(2, "-m", "yolo_cwd", "train", *as_words(**words), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (result.stdout + result.stderr).count("gathering 7 images") == 1
+    assert "13 images" in result.stdout + result.stderr
     assert len(list(cache.glob("*/records/*.json"))) == 7

@@ -189,6 +189,7 @@ class Settings:
         pool_unsure: Lowest confidence of an object that is painted over; equal to `pool_conf` to paint none.
         pool_precision: Share of right labels, above 0, that decides the lowest confidence instead; None if it is given.
         pool_ratio: The most unlabelled images for each labelled one, above 0; None for all of them.
+        pool_weight: How much the task's own loss counts on unlabelled images, 0 to 1; 0 if they are not labelled.
         pool_classes: One of `POOL_CLASSES`.
         complete_labels: Whether the teacher's objects of unlabelled classes join the labels of the training images.
     """
@@ -214,6 +215,7 @@ class Settings:
     pool_unsure: float
     pool_precision: float | None
     pool_ratio: float | None
+    pool_weight: float
     pool_classes: str
     complete_labels: bool
 
@@ -252,6 +254,7 @@ class Settings:
             pool_unsure=_pool_unsure(value["pool_unsure"], value["pool_conf"], value["pool_precision"]),
             pool_precision=_pool_precision(value["pool_precision"], value["pool_conf"]),
             pool_ratio=None if value["pool_ratio"] is None else _number("pool_ratio", value["pool_ratio"], zero=False),
+            pool_weight=_pool_weight(value),
             pool_classes=_choice("pool_classes", value["pool_classes"], POOL_CLASSES),
             complete_labels=_choice("complete_labels", value["complete_labels"], (True, False)),
         )
@@ -272,6 +275,12 @@ class Settings:
     def balanced(self) -> bool:
         """Whether the weights follow the gradients."""
         return self.cwd == BALANCED
+
+    @property
+    def labelling(self) -> list[str]:
+        """The options that ask the teacher for labels."""
+        asked = {"unlabeled": self.unlabeled and self.pool_weight, "complete_labels": self.complete_labels}
+        return [name for name, value in asked.items() if value]
 
     def course(self) -> str:
         """Return the overall weight and its schedule in words."""
@@ -403,6 +412,13 @@ def _pool_precision(value: Any, conf: float) -> float | None:
             f"pool_precision={value}: decides the confidence itself, but pool_conf={conf} is given; leave one out"
         )
     return precision
+
+
+def _pool_weight(value: Mapping[str, Any]) -> float:
+    weight = _number("pool_weight", value["pool_weight"], most=1)
+    if value["unlabeled"] and weight == 0 == value["cwd"]:
+        raise ConfigError("pool_weight=0: with cwd=0 unlabelled images would teach nothing; leave one of them out")
+    return weight
 
 
 def _level_weights(value: Any) -> tuple[float, ...]:

@@ -21,7 +21,7 @@ from ultralytics.utils.ops import xywh2xyxy
 from yolo_cwd.config import ConfigError, Settings, listed, unusable_data
 from yolo_cwd.pool import store
 from yolo_cwd.pool.images import READERS, fingerprint, identity, images_of_data, list_images, with_progress
-from yolo_cwd.pool.labels import Own, corners_of
+from yolo_cwd.pool.labels import MAPS, Own, corners_of
 from yolo_cwd.pool.store import Plan, Pool
 from yolo_cwd.run.distributed import first_here_first
 from yolo_cwd.run.request import data_of
@@ -101,7 +101,7 @@ def teacher_and_data(settings: Settings, task: str | None, args: Any) -> tuple[Y
         ConfigError: If it cannot.
     """
     teacher = store.whole_teacher(settings, task)
-    if teacher.task in store.MAPS:
+    if teacher.task in MAPS:
         raise ConfigError(
             f"complete_labels=True: labels of task={teacher.task} are maps, in which every pixel has a value already; "
             "leave complete_labels out"

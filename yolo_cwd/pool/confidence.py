@@ -26,7 +26,7 @@ from ultralytics.utils.ops import xywh2xyxy, xyxyxyxy2xywhr
 from yolo_cwd.config import ConfigError, Settings
 from yolo_cwd.pool import complete, store
 from yolo_cwd.pool.images import identity, images_of_data, list_images, with_progress
-from yolo_cwd.pool.labels import ROWS, Array, Form
+from yolo_cwd.pool.labels import MAPS, ROWS, Array, Form
 from yolo_cwd.pool.store import Plan
 from yolo_cwd.run.distributed import first_here_first
 from yolo_cwd.run.files import write_whole
@@ -79,7 +79,7 @@ def chosen(settings: Settings, task: str, args: Any) -> Settings:
     """Return the options with the confidence that `pool_precision` asks for as `pool_conf`.
 
     Args:
-        settings: The checked options; they ask for labels by the teacher.
+        settings: The checked options; unchanged if they ask for no labels by the teacher.
         task: The task of the student.
         args: The arguments of the training.
 
@@ -87,7 +87,7 @@ def chosen(settings: Settings, task: str, args: Any) -> Settings:
         ConfigError: If there is no such confidence, or if it cannot be measured.
     """
     value = settings.pool_precision
-    if value is None:
+    if value is None or not settings.labelling:
         return settings
     refuse_maps(settings, task)
     args = store.as_begun(args)
@@ -116,7 +116,7 @@ def refuse_maps(settings: Settings, task: str) -> None:
     Raises:
         ConfigError: If one is asked for.
     """
-    if settings.pool_precision is not None and task in store.MAPS:
+    if settings.pool_precision is not None and settings.labelling and task in MAPS:
         raise ConfigError(
             f"pool_precision={settings.pool_precision:g}: labels of task={task} are maps, which have no confidence; "
             "leave pool_precision out"
@@ -155,7 +155,7 @@ def _lowest(curve: Curve, value: float) -> tuple[float, int, int]:
 
 def _plan(settings: Settings, task: str, args: Any) -> tuple[Plan, dict[str, Any]]:
     """Return who labels what, with the data's classes as the training has them, and the data set."""
-    if settings.unlabeled:
+    if "unlabeled" in settings.labelling:
         list_images(settings.unlabeled, "unlabeled")  # refuse these before the teacher is measured
         plan, data = store.plan_of(settings, task, args)
     else:

@@ -54,7 +54,7 @@ class Trial(Unheard, CWDTrainer):
         confidence.refuse_maps(self.cwd, self.task.name)
         if self.cwd.complete_labels:
             self.completed = complete.count(self.cwd, self.task.name, args)
-        else:
+        elif self.cwd.labelling:
             store.whole_teacher(self.cwd, self.task.name)  # refuses one that cannot label
         if self.cwd.unlabeled:
             self.unlabeled = store.count(self.cwd, args)

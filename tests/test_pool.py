@@ -1,10 +1,13 @@
 """Images without labels: what the teacher's labels are, where they lie, which images are left out, and the training."""
 
 import json
+import math
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,21 +17,29 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SHORT, STUDENT, narrow, settled
+from conftest import SHORT, STUDENT, TEACHER, narrow, settled
+from processes import Started
 from test_distributed import as_words, torchrun
 from test_state import interrupted, resume
+from test_trainer import rows as results
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
+from ultralytics.data.augment import Mosaic
+from ultralytics.data.build import build_yolo_dataset
+from ultralytics.data.utils import check_det_dataset
 from ultralytics.engine.results import Results
+from ultralytics.nn.tasks import guess_model_task
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.ops import xywhr2xyxyxyxy
 
 from yolo_cwd import CWDTrainer, digits
 from yolo_cwd.cli import main
 from yolo_cwd.config import ConfigError, Settings
-from yolo_cwd.pool import complete, store
+from yolo_cwd.method import prepare
+from yolo_cwd.pool import complete, confidence, store
 from yolo_cwd.pool.images import list_images
 from yolo_cwd.pool.labels import painted
+from yolo_cwd.pool.weight import Mates, PoolWeight
 from yolo_cwd.study import compare
 from yolo_cwd.study import label as label_command
 
@@ -57,21 +68,24 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {task: str(digits.build(root, {"train": 6, "val": 4}, task=task)) for task in MODELS}
 
 
+def suited(name: str, data: str, folder: Path) -> YOLO:
+    """A narrow model of random weights for the classes and key points of a data set."""
+    description, content = (yaml.safe_load(Path(file).read_text()) for file in (narrow(name), data))
+    description |= {"nc": len(content["names"])} | {k: content[k] for k in ("kpt_shape",) if k in content}
+    file = folder / name
+    file.write_text(yaml.safe_dump(description))
+    return YOLO(str(file))
+
+
 @pytest.fixture(scope="module")
 def teachers(sets: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Checkpoints by task: of random weights, settled, with the names of the data."""
     folder = tmp_path_factory.mktemp("teachers")
     for task, name in MODELS.items():
-        data = yaml.safe_load(Path(sets[task]).read_text())
         torch.manual_seed(3)
-        description = yaml.safe_load(Path(narrow(name)).read_text()) | {"nc": len(data["names"])}
-        if task == "pose":
-            description["kpt_shape"] = data["kpt_shape"]
-        file = folder / f"{task}-{name}"
-        file.write_text(yaml.safe_dump(description))
-        model = YOLO(str(file), task=task)
+        model = suited(name, sets[task], folder)
         settled(model.model, sets[task])
-        model.model.names = data["names"]
+        model.model.names = yaml.safe_load(Path(sets[task]).read_text())["names"]
         model.save(folder / f"{task}.pt")
     return {task: str(folder / f"{task}.pt") for task in MODELS}
 
@@ -225,6 +239,7 @@ def test_sources_are_folders_globs_lists_and_images(pictures: Path, tmp_path: Pa
         ({"pool_conf": 2}, "pool_conf=2: must be a number"),
         ({"pool_conf": 0.05}, "pool_unsure=0.1: must be at most pool_conf=0.05"),
         ({"pool_ratio": 0}, "pool_ratio=0: must be a number above 0"),
+        ({"pool_weight": 2}, "pool_weight=2: must be a number at least 0 and at most 1"),
         ({"pool_classes": "some"}, "pool_classes=some: must be one of all, known"),
     ],
 )
@@ -298,18 +313,18 @@ def test_labelling_that_is_cut_off_goes_on(
     teachers: dict[str, str], sets: dict[str, str], pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    write, predict = store._put, store._predictions
+    write, predict = store._put, store.predictions
 
     def cut_off(plan: Any, images: list[str]) -> Iterator[Any]:
         yield from islice(predict(plan, images), 4)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(store, "_put", lambda *words: (done.append(words[2].name), write(*words)))
-    monkeypatch.setattr(store, "_predictions", cut_off)
+    monkeypatch.setattr(store, "predictions", cut_off)
     with pytest.raises(KeyboardInterrupt, match="run the same command again to continue"):
         label(teachers["detect"], str(pictures), sets["detect"])
     first, done[:] = list(done), []
-    monkeypatch.setattr(store, "_predictions", predict)
+    monkeypatch.setattr(store, "predictions", predict)
     pool = label(teachers["detect"], str(pictures), sets["detect"])
     assert len(first) == 4
     assert sorted(first + done) == sorted(file.name for file in pictures.rglob("*.jpg"))
@@ -322,8 +337,8 @@ def test_labels_that_are_there_are_used_again(
     shutil.copytree(pictures, images := tmp_path / "images")
     pool = label(teachers["detect"], str(images), sets["detect"])
     asked: list[int] = []
-    predict = store._predictions
-    monkeypatch.setattr(store, "_predictions", lambda plan, todo: (asked.append(len(todo)), predict(plan, todo))[1])
+    predict = store.predictions
+    monkeypatch.setattr(store, "predictions", lambda plan, todo: (asked.append(len(todo)), predict(plan, todo))[1])
     assert label(teachers["detect"], str(images), sets["detect"]) == pool
     assert asked == []
     image = cv2.imread(str(next(images.glob("*.jpg"))))
@@ -573,7 +588,7 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
 
     def replace(found: dict[str, list[list[float]]], kind: str = "boxes") -> Said:
         said = Said(found, kind)
-        monkeypatch.setattr(store, "_predictions", said)
+        monkeypatch.setattr(store, "predictions", said)
         return said
 
     return replace
@@ -728,10 +743,10 @@ def test_completing_that_is_cut_off_goes_on(
         yield from islice(said(plan, images), 2)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "_predictions", cut_off)
+    monkeypatch.setattr(store, "predictions", cut_off)
     with pytest.raises(KeyboardInterrupt, match="run the same command again to continue"):
         completed(old["detect"], data)
-    monkeypatch.setattr(store, "_predictions", said)
+    monkeypatch.setattr(store, "predictions", said)
     assert completed(old["detect"], data).found.images == 3
     assert said.asked == ["a", "b", "c"]
 
@@ -880,3 +895,582 @@ def test_several_processes_complete_once(teachers: dict[str, str], tmp_path: Pat
     assert result.returncode == 0, result.stderr[-2000:]
     assert (result.stdout + result.stderr).count("labels 6 images") == 1
     assert len(list((cache.parent / "completed").glob("*/records/*.json"))) == 6
+
+
+HALVES = "0 0.7 0.4 0.2 0.4\n"  # x 60 to 80, y 10 to 30
+SCRIPT = {  # what the teacher sees in the validation images; right are the surest one and that of 0.625
+    "a": [[60, 10, 80, 30, 0.875, OLD], [60, 10, 80, 30, 0.75, NEW], [60, 10, 80, 30, 0.95, 0]],
+    "b": [[10, 15, 30, 35, 0.625, NEW], [11, 15, 31, 35, 0.5, NEW], [80, 0, 100, 50, 0.375, OLD]],
+    "c": [[0, 0, 20, 20, 0.25, OLD]],
+}
+TRUTH = {"a": HALVES, "b": "1 0.2 0.5 0.2 0.4\n0 0.45 0.5 0.1 0.1\n", "c": None}
+
+
+def held_out(folder: Path, labels: dict[str, str | None], **more: Any) -> str:
+    """Make a data set whose validation images have the given label files, and return its YAML file."""
+    data = Path(labelled(folder, {"train": "0 0.5 0.5 0.5 0.5\n"}, **more))
+    images = Path(labelled(folder / "checked", labels)).parent / "images" / "train"
+    data.write_text(yaml.safe_dump({**yaml.safe_load(data.read_text()), "val": str(images)}))
+    return str(data)
+
+
+def chosen(
+    teacher: str, images: Any, data: str | None, precision: float, task: str = "detect", **more: Any
+) -> tuple[float, float]:
+    """Return `pool_conf` and `pool_unsure` under a `pool_precision`."""
+    overrides = {name: more.pop(name) for name in ("single_cls", "classes") if name in more}
+    options = {"teacher": teacher, "unlabeled": images, "pool_precision": precision, **more}
+    found = confidence.chosen(Settings.parse(options), task, arguments(data, **overrides))
+    assert found.pool_precision is None
+    return found.pool_conf, found.pool_unsure
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        pytest.param(1, 0.9, id="one label"),
+        pytest.param(0.6, 0.6, id="lower where the curve rises again"),
+        pytest.param(0.5, 0.5, id="exactly"),
+        pytest.param(0.3, 0.2, id="all labels"),
+    ],
+)
+def test_the_lowest_confidence_with_the_precision_is_chosen(value: float, expected: float) -> None:
+    confidences, right = [0.2004, 0.9, 0.5, 0.8, 0.6, 0.2009], [False, True, False, False, True, False]
+    curve = confidence.curve_of(confidences, right, objects=4)
+    assert curve.confidences == [0.2, 0.5, 0.6, 0.8, 0.9]
+    assert (curve.labels, curve.right) == ([6, 4, 3, 2, 1], [2, 2, 2, 1, 1])
+    conf, labels, good = confidence._lowest(curve, value)
+    assert conf == expected
+    assert labels == sum(c >= conf for c in confidences)
+    assert good == sum(r for c, r in zip(confidences, right, strict=True) if c >= conf)
+
+
+def test_labels_are_as_precise_as_asked_on_the_validation_images(
+    old: dict[str, str],
+    say: Callable[..., Said],
+    pictures: Path,
+    tmp_path: Path,
+    cache: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Classes are matched by name: the teacher's are others, in another order."""
+    data = held_out(tmp_path / "new", TRUTH)
+    said = say(SCRIPT)
+    before = snapshot(tmp_path / "new")
+    found = {value: chosen(old["detect"], str(pictures), data, value) for value in (1, 0.65, 0.5, 0.35, 0.3)}
+    assert found == {1: (0.875, 0.1), 0.65: (0.625, 0.1), 0.5: (0.5, 0.1), 0.35: (0.375, 0.1), 0.3: (0.25, 0.1)}
+    assert sorted(said.asked) == ["a", "b", "c"]  # once for all values
+    assert chosen(old["detect"], str(pictures), data, 0.65, pool_unsure=0.8) == (0.625, 0.625)
+    assert chosen(old["detect"], None, data, 0.65, complete_labels=True) == (0.625, 0.1)
+    assert sorted(said.asked) == ["a", "b", "c"]
+    assert snapshot(tmp_path / "new") == before
+    assert [file.suffix for file in (cache.parent / "confidences").iterdir() if file.suffix != ".lock"] == [".json"]
+    sentence = "confidence 0.625 is chosen; on the validation images 66.7 % of 3 labels are right there"
+    assert [r.levelname for r in caplog.records if sentence in r.message] == 3 * ["WARNING"]
+    assert "66.7 % of the objects are found" in caplog.text
+    (tmp_path / "new" / "checked" / "labels" / "train" / "c.txt").write_text("0 0.1 0.2 0.2 0.4\n")
+    assert chosen(old["detect"], str(pictures), data, 0.4) == (0.25, 0.1)
+    assert sorted(said.asked) == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_classes_that_a_training_leaves_out_or_takes_for_one_do_not_count(
+    old: dict[str, str], say: Callable[..., Said], pictures: Path, tmp_path: Path
+) -> None:
+    data = held_out(tmp_path / "new", TRUTH)
+    say(SCRIPT)
+    assert chosen(old["detect"], str(pictures), data, 0.5, classes=[1]) == (0.625, 0.1)  # that of 0.75 is wrong
+    assert chosen(old["detect"], str(pictures), data, 0.5, classes=[0]) == (0.375, 0.1)
+    data = held_out(tmp_path / "turned", {**TRUTH, "a": f"1{HALVES[1:]}"})
+    assert chosen(old["detect"], str(pictures), data, 0.6) == (0.625, 0.1)
+    assert chosen(old["detect"], str(pictures), data, 1, single_cls=True) == (0.875, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("task", "right", "wrong", "kind"),
+    [
+        pytest.param("segment", "0.6 0.2 0.8 0.2 0.8 0.6 0.6 0.6", "0.6 0.2 0.62 0.2 0.8 0.6 0.78 0.6", "boxes"),
+        pytest.param("pose", "0.7 0.4 0.2 0.4" + 4 * " 0.25 0.5", "0.7 0.4 0.2 0.4" + 4 * " 0.8 0.1", "keypoints"),
+        pytest.param("obb", turned(70, 20, 20, 6, 0.6), turned(70, 20, 20, 6, -0.6), "obb"),
+    ],
+)
+def test_a_label_is_right_by_what_its_task_is_about(
+    old: dict[str, str],
+    say: Callable[..., Said],
+    pictures: Path,
+    tmp_path: Path,
+    task: str,
+    right: str,
+    wrong: str,
+    kind: str,
+) -> None:
+    more = {"kpt_shape": [4, 2], "flip_idx": [1, 0, 3, 2]} if task == "pose" else {}
+    data = held_out(tmp_path / "new", {"a": f"0 {right}\n", "b": f"0 {wrong}\n", "c": ""}, **more)
+    box = [70, 20, 20, 6, 0.6] if task == "obb" else [60, 10, 80, 30]
+    say({"a": [[*box, 0.75, OLD]], "b": [[*box, 0.5, OLD]], "c": [[*box, 0.25, OLD]]}, kind)
+    assert chosen(old[task], str(pictures), data, 1, task) == (0.75, 0.1)
+    assert chosen(old[task], str(pictures), data, 0.5, task) == (0.5, 0.1)
+    assert chosen(old[task], str(pictures), data, 0.3, task) == (0.25, 0.1)
+
+
+def test_the_precision_is_that_of_ultralytics_own_validation(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    description = yaml.safe_load(Path(narrow(MODELS["detect"])).read_text()) | {"nc": 1}
+    (tmp_path / "yolov8n.yaml").write_text(yaml.safe_dump(description))
+    torch.manual_seed(3)
+    model = YOLO(str(tmp_path / "yolov8n.yaml"))
+    settled(model.model, sets["detect"])
+    head = model.model.model[-1]
+    for boxes, classes in zip(head.cv2, head.cv3, strict=True):  # boxes of two cells, which the teacher is sure of
+        boxes[-1].bias.data.view(4, -1)[:, 1] += 9
+        classes[-1].bias.data += 6
+    model.model.names = {0: "thing"}
+    model.save(tmp_path / "sure.pt")
+    teacher = str(tmp_path / "sure.pt")
+    data = digits.build(tmp_path / "set", {"train": 2, "val": 6})
+    for i, image in enumerate(sorted((data.parent / "images" / "val").iterdir())):
+        boxes = predicted(teacher, image, 0.01).boxes.xywhn.tolist()
+        boxes = boxes[: len(boxes) // 2] if i % 2 else boxes[::3]  # in some, the surer ones are right
+        lines = "".join(f"0 {' '.join(f'{x:.6f}' for x in box)}\n" for box in boxes)
+        (data.parent / "labels" / "val" / f"{image.stem}.txt").write_text(lines)
+    for file in (data.parent / "labels" / "train").iterdir():
+        file.write_text("")
+    data.write_text(yaml.safe_dump({**yaml.safe_load(data.read_text()), "names": {0: "thing"}}))
+    conf, _ = chosen(teacher, str(pictures), str(data), 0.6)
+    curve = json.loads(next((tmp_path / "cache").rglob("confidences/*.json")).read_text())
+    metrics = YOLO(teacher).val(data=str(data), imgsz=64, rect=False, device="cpu", plots=False, project=str(tmp_path))
+    many = np.array(curve["labels"]) >= 100
+    for name, (theirs,) in (("labels", metrics.box.p_curve), ("objects", metrics.box.r_curve)):
+        ours = np.array(curve["right"]) / curve[name]
+        assert ours[many] == pytest.approx(np.interp(curve["confidences"], metrics.box.px, theirs)[many], abs=0.02)
+    assert many.sum() > 50
+    assert conf == pytest.approx(metrics.box.px[(metrics.box.p_curve[0] >= 0.6).argmax()], abs=0.005)
+
+
+def test_a_precision_that_is_never_reached_is_refused_with_one_that_is(
+    old: dict[str, str], say: Callable[..., Said], pictures: Path, tmp_path: Path, cache: Path
+) -> None:
+    data = held_out(tmp_path / "new", {**TRUTH, "a": ""})
+    say(SCRIPT)
+    with pytest.raises(
+        ConfigError,
+        match=r"pool_precision=0\.5: .* reach 0\.3333 at most \(from confidence 0\.625 on\) .* give "
+        r"pool_precision=0\.333 or less, or pool_conf instead",
+    ) as error:
+        chosen(old["detect"], str(pictures), data, 0.5)
+    assert len(str(error.value)) < 300
+    assert not cache.exists()
+    assert chosen(old["detect"], str(pictures), data, 0.333) == (0.625, 0.1)
+    say({})
+    data = held_out(tmp_path / "unseen", {**TRUTH})
+    with pytest.raises(ConfigError, match=r"labels are never right on the validation images; give pool_conf instead"):
+        chosen(old["detect"], str(pictures), data, 0.5)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.1, True, "high"])
+def test_a_precision_is_a_share(value: Any) -> None:
+    expected = rf"pool_precision={value}: must be a number above 0 and at most 1, such as pool_precision=0\.9"
+    with pytest.raises(ConfigError, match=expected):
+        Settings.parse({"teacher": "t", "pool_precision": value})
+
+
+def test_a_precision_that_cannot_be_measured_is_refused(
+    teachers: dict[str, str], sets: dict[str, str], old: dict[str, str], pictures: Path, tmp_path: Path, cache: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"pool_precision=0\.9: decides the confidence itself, but pool_conf=0\.5 is"):
+        Settings.parse({"teacher": "t", "pool_precision": 0.9, "pool_conf": 0.5})
+    for task in ("semantic", "depth"):
+        with pytest.raises(ConfigError, match=f"pool_precision=0.9: labels of task={task} are maps.*leave pool_prec"):
+            chosen(teachers[task], str(pictures), sets[task], 0.9, task)
+    with pytest.raises(ConfigError, match=r"pool_precision=0\.9: is measured on .*; give data=, or pool_conf instead"):
+        chosen(teachers["detect"], str(pictures), None, 0.9)
+    with pytest.raises(ConfigError, match=r"unlabeled=.*nowhere: names no file"):
+        chosen(teachers["detect"], "nowhere", sets["detect"], 0.9)
+    with pytest.raises(ConfigError, match=r"validation images of data=.* have no usable labels; label some of them"):
+        chosen(old["detect"], str(pictures), held_out(tmp_path / "new", {"a": "", "b": None, "c": "0 9 9 9 9"}), 0.9)
+    assert not [file for file in cache.parent.rglob("*") if file.is_file()]
+
+
+def surer(teacher: str, folder: Path) -> str:
+    """Save a copy of a detector that is surer of what it sees."""
+    model = YOLO(teacher)
+    for branch in model.model.model[-1].cv3:
+        branch[-1].bias.data += 5
+    model.save(folder / "surer.pt")
+    return str(folder / "surer.pt")
+
+
+def seen_by(teacher: str, folder: Path) -> str:
+    """Make a data set whose validation labels are what the teacher is surest of, and return its YAML file."""
+    data = digits.build(folder, {"train": 6, "val": 4})
+    for image in sorted((data.parent / "images" / "val").iterdir()):
+        boxes = predicted(teacher, image, 0.02).boxes[:5]
+        rows = zip(boxes.cls.tolist(), boxes.xywhn.tolist(), strict=True)
+        lines = [f"{kind:.0f} {' '.join(f'{x:.6f}' for x in box)}\n" for kind, box in rows]
+        (data.parent / "labels" / "val" / f"{image.stem}.txt").write_text("".join(lines))
+    return str(data)
+
+
+def test_a_resumed_run_and_the_command_use_the_confidence_again(
+    train: Callable[..., CWDTrainer],
+    teachers: dict[str, str],
+    pictures: Path,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    teacher = surer(teachers["detect"], tmp_path)
+    data = seen_by(teacher, tmp_path)
+    asked: list[int] = []
+    predict = store.predictions
+    monkeypatch.setattr(store, "predictions", lambda plan, todo: (asked.append(len(todo)), predict(plan, todo))[1])
+    words = {"data": data, "teacher": teacher, "unlabeled": str(pictures), "pool_precision": 0.6}
+    last = interrupted(train, tmp_path, 1, epochs=2, **words)
+    assert asked == [4, 7]
+    files = {file.name for file in last.parents[1].rglob("*")}
+    assert files == {"args.yaml", "cwd.yaml", "results.csv", "weights", "last.pt", "best.pt", "cwd.pt"}
+    trainer = resume(last)
+    assert asked == [4, 7]
+    assert trainer.cwd.pool_precision == 0.6
+    found = records(trainer.pool)
+    curve = json.loads(next((cache.parent / "confidences").glob("*.json")).read_text())
+    precise = np.array(curve["right"]) / curve["labels"] >= 0.6
+    conf = curve["confidences"][precise.argmax()]
+    assert precise.any()
+    sure = [c for record in found.values() for c in record["confidences"]]
+    assert min(sure) >= conf - 1e-4
+    everything = [c for image in pictures.rglob("*.jpg") for c in predicted(teacher, image, conf).boxes.conf.tolist()]
+    assert len(sure) == len(everything) > 0
+    options = [f"teacher={teacher}", f"source={pictures}", "imgsz=64", "device=cpu", "pool_precision=0.6"]
+    assert main(["label", *options, f"data={data}"]) == 0
+    assert asked == [4, 7]
+    assert "7 images labelled by" in capsys.readouterr().out
+    assert main(["label", *options]) == 2
+    assert "pool_precision=0.6: is measured on the validation images of a data set" in capsys.readouterr().err
+
+
+def test_check_does_not_measure_the_precision(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"unlabeled={pictures}", "pool_precision=0.9", "imgsz=64", "batch=2", "device=cpu"]
+    of = {task: [f"teacher={teachers[task]}", f"data={sets[task]}"] for task in ("detect", "semantic")}
+    assert main(["check", *of["detect"], f"student={STUDENT}", *words]) == 0
+    assert "unlabeled 7 images can be used" in capsys.readouterr().out
+    assert not cache.parent.exists()
+    assert main(["check", *of["semantic"], f"student={narrow(MODELS['semantic'])}", *words]) == 2
+    assert "pool_precision=0.9: labels of task=semantic are maps" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_several_processes_measure_once(teachers: dict[str, str], pictures: Path, tmp_path: Path, cache: Path) -> None:
+    teacher = surer(teachers["detect"], tmp_path)
+    words = {**SHORT, "teacher": teacher, "data": seen_by(teacher, tmp_path), "unlabeled": pictures}
+    words |= {"pool_precision": 0.6, "verbose": True, "project": tmp_path / "runs", "model": teacher}
+    result = torchrun(2, "-m", "yolo_cwd", "train", *as_words(**words), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (result.stdout + result.stderr).count("labels 4 validation images") == 1
+    assert len(list((cache.parent / "confidences").glob("*.json"))) == 1
+
+
+def beside_a_pool(task: str, data: str, folder: Path, **overrides: Any) -> tuple[Any, PoolWeight]:
+    """Make a dataset of the 6 images of data and of copies of 4 of them in a pool, and return both."""
+    root = Path(data).parent
+    for part in ("images", "labels", "masks", "depth"):
+        (folder / part).mkdir(parents=True)
+        for file in sorted((root / part / "train").glob("*.*"))[:4]:
+            shutil.copy(file, folder / part)
+    args = arguments(data, task=task, **overrides)
+    images = [str(root / "images" / "train"), str(folder / "images")]
+    return build_yolo_dataset(args, images, 4, check_det_dataset(data)), PoolWeight(0.5, folder, args.overlap_mask)
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides"),
+    [
+        *((name, {}) for name in MODELS.values()),
+        *((f"yolo26n{task}.yaml", {}) for task in ("", "-seg", "-pose", "-obb")),  # with two heads
+        *((f"{name}-seg.yaml", {"overlap_mask": False}) for name in ("yolov8n", "yolo26n")),
+    ],
+)
+def test_images_of_the_pool_count_by_the_weight(
+    sets: dict[str, str], tmp_path: Path, model: str, overrides: dict[str, Any]
+) -> None:
+    """The images of each kind, collated and seen by the student on their own, are the reference."""
+    torch.manual_seed(0)
+    task = guess_model_task(narrow(model))
+    student = suited(model, sets[task], tmp_path).model
+    dataset, weigh = beside_a_pool(task, sets[task], tmp_path / "pool", mosaic=0, **overrides)
+    student.args = arguments(sets[task], **overrides)
+    criterion = student.init_criterion()
+    for layer in student.train().modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.eval()  # what it makes of an image then depends on no other one
+    samples = [dataset[i] for i in (6, 0, 7, 8, 1)]
+
+    def loss(of: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        batch = dataset.collate_fn(deepcopy([samples[i] for i in of]))
+        batch["img"] = (batch["img"] / 255).requires_grad_()
+        return *weigh(criterion, student(batch["img"]), batch), batch["img"]
+
+    own, items, _ = loss([1, 4])
+    weigh.weight = 1.0
+    pool, further, _ = loss([0, 2, 3])
+    for weight in (0.3, 0.0):
+        weigh.weight = weight
+        both, found, images = loss([0, 1, 2, 3, 4])
+        assert both.shape == own.shape
+        assert both.tolist() == pytest.approx((own + weight * pool).tolist(), rel=1e-4, abs=1e-5)
+        expected = {name: (2 * item + weight * 3 * further[name]) / 5 for name, item in items.items()}
+        assert {name: item.item() for name, item in found.items()} == pytest.approx(
+            {name: item.item() for name, item in expected.items()}, rel=1e-4, abs=1e-5
+        )
+    both.sum().backward()
+    assert [bool(image.any()) for image in images.grad] == [False, True, False, False, True]
+    none, found, images = loss([0, 2, 3])
+    none.sum().backward()
+    assert not any(value.any() for value in (none, images.grad, *found.values()))
+
+
+def test_a_batch_that_names_no_image_counts_fully() -> None:
+    """As those on which Ultralytics estimates the batch size."""
+    loss, _ = PoolWeight(0.0, Path("pool"), True)(lambda *_: (torch.ones(3), {}), None, {"img": torch.zeros(2)})
+    assert loss.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("cache", [False, "ram"])
+@pytest.mark.parametrize("task", ["detect", "segment", "semantic"])
+def test_images_are_mixed_with_those_of_their_kind(sets: dict[str, str], tmp_path: Path, task: str, cache: Any) -> None:
+    mixing = {"mosaic": 1, "mixup": 1, "cutmix": 1, "copy_paste": 1, "copy_paste_mode": "mixup"}
+    dataset, weigh = beside_a_pool(task, sets[task], tmp_path / "pool", cache=cache, **mixing)
+    weigh.keep_apart(dataset)
+    dataset = pickle.loads(pickle.dumps(dataset))  # as it gets to workers
+    seen: list[int] = []
+    get = dataset.get_image_and_label
+    dataset.get_image_and_label = lambda i: (seen.append(i), get(i))[1]
+    drawn: set[int] = set()
+    for i in [*range(10), *range(10)]:
+        seen.clear()
+        dataset[i]
+        assert len(seen) > 4
+        assert {image > 5 for image in seen} == {i > 5}
+        drawn.update(seen)
+    assert drawn == set(range(10))
+    dataset.close_mosaic(arguments(sets[task]))
+    seen.clear()
+    dataset[7]
+    assert seen == [7]
+
+
+def test_a_mosaic_of_nine_is_of_one_kind(sets: dict[str, str], tmp_path: Path) -> None:
+    dataset, weigh = beside_a_pool("detect", sets["detect"], tmp_path / "pool")
+    mosaic = Mosaic(dataset, imgsz=64, p=1.0, n=9)
+    dataset.transforms.transforms[0] = mosaic
+    weigh.keep_apart(dataset)
+    for i in (0, 9):
+        dataset.transforms[0](dataset.get_image_and_label(i))
+        positions = mosaic.get_indexes()
+        assert len(positions) == 8
+        files = {mosaic.dataset.get_image_and_label(position)["im_file"] for position in positions}
+        assert {weigh.holds(file) for file in files} == {i == 9}
+
+
+def test_few_images_in_memory_are_not_mixed_again_and_again(sets: dict[str, str], tmp_path: Path) -> None:
+    dataset, weigh = beside_a_pool("detect", sets["detect"], tmp_path / "pool")
+    weigh.keep_apart(dataset)
+    mates = dataset.transforms[0]
+    dataset.max_buffer_length, dataset.buffer = 8, [6, 7, 8, 3]
+    mates({"im_file": dataset.im_files[3]})
+    assert sorted(mates.buffer) == [0, 1, 2, 3, 4, 5]
+    mates({"im_file": dataset.im_files[6]})
+    assert [mates.get_image_and_label(i)["im_file"] for i in mates.buffer] == [dataset.im_files[i] for i in (6, 7, 8)]
+
+
+@pytest.fixture
+def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a teacher that is asked for labels fail."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("asked for labels")
+
+    monkeypatch.setattr(store, "predictions", refuse)
+    monkeypatch.setattr(store, "whole_teacher", refuse)
+
+
+@pytest.mark.usefixtures("unasked")
+@pytest.mark.parametrize("task", MODELS)
+def test_with_weight_0_any_teacher_will_do(
+    train: Callable[..., CWDTrainer],
+    teachers: dict[str, str],
+    sets: dict[str, str],
+    pictures: Path,
+    task: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seen: list[Any] = []
+    teacher = teachers["pose" if task == "detect" else "detect"]
+    callbacks = {"on_train_batch_end": lambda trainer: seen.append(trainer.train_loader.dataset)}
+    words = {"cwd": "balanced", "adapter": "fitted", "epochs": 2, "close_mosaic": 1, "val": True, "batch": 3}
+    words |= {"unlabeled": str(pictures), "pool_weight": 0, "callbacks": callbacks, "teacher": teacher}
+    trainer = train(model=narrow(MODELS[task]), data=sets[task], **words)
+    pool = [label for label in seen[0].labels if str(trainer.pool.folder) in label["im_file"]]
+    assert (len(seen[0]), len(pool)) == (6 + 7, 7)
+    assert not any(len(label["cls"]) for label in pool)
+    assert all(math.isfinite(value) for row in results(trainer) for value in row.values())
+    assert (trainer.criterion.meter.means > 0).all()
+    assert "7 images without labels teach by the teacher's maps alone (pool_weight=0)" in caplog.text
+    for record in records(trainer.pool).values():
+        written = trainer.pool.folder / record["label"]
+        assert Path(record["source"]).samefile(trainer.pool.folder / record["image"])
+        if task == "semantic":
+            assert (cv2.imread(str(written), cv2.IMREAD_UNCHANGED) == 255).all()
+        elif task == "depth":
+            assert not np.load(written).any()
+        else:
+            assert written.read_text() == ""
+
+
+@pytest.mark.usefixtures("unasked")
+def test_polygons_of_class_maps_may_have_a_pool_without_labels(
+    train: Callable[..., CWDTrainer], sets: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    description = yaml.safe_load(Path(sets["segment"]).read_text())
+    (tmp_path / "polygons.yaml").write_text(yaml.safe_dump(description))
+    words = {"data": str(tmp_path / "polygons.yaml"), "unlabeled": str(pictures), "pool_weight": 0}
+    words["teacher"] = YOLO(TEACHER)
+    trainer = train(model=narrow(MODELS["semantic"]), **words)
+    assert len(trainer.train_loader.dataset) == 6 + 7
+
+
+def test_a_model_that_is_saved_while_a_pool_counts_less_is_plain(
+    train: Callable[..., CWDTrainer], sets: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "guest.pt"
+    callbacks = {"on_train_batch_end": lambda trainer: torch.save({"model": trainer.model}, file)}
+    words = {"unlabeled": str(pictures), "pool_weight": 0, "callbacks": callbacks}
+    trainer = train(data=sets["detect"], **words)
+    assert trainer.criterion.weigh is not None
+    ended = Started("processes:load_without_us", str(file), cwd=tmp_path).wait()
+    assert ended.code == 0, ended.stderr
+    assert ended.stdout.split()[0] == "ultralytics.utils.loss"
+
+
+@pytest.mark.parametrize("weight", [1, 0.5])
+def test_the_weight_is_that_of_the_training(
+    train: Callable[..., CWDTrainer],
+    teachers: dict[str, str],
+    sets: dict[str, str],
+    pictures: Path,
+    weight: float,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    words = {"teacher": teachers["detect"], "unlabeled": str(pictures), "pool_weight": weight, "cwd": 0, **POOL}
+    seen: list[Any] = []
+    callbacks = {"on_train_start": lambda trainer: seen.extend(trainer.train_loader.dataset.transforms.transforms)}
+    trainer = train(data=sets["detect"], callbacks=callbacks, **words)
+    assert any(isinstance(transform, Mates) for transform in seen) == (weight < 1)
+    assert ("each counts as 0.5 of a labelled one" in caplog.text) == (weight < 1)
+    batch = next(iter(trainer.train_loader))
+    batch["img"] = batch["img"] / 255
+    preds = trainer.model.train()(batch["img"])
+    expected, _ = trainer.criterion.criterion(preds, batch)
+    if weight == 1:
+        assert trainer.criterion.weigh is None
+    else:
+        weigh = trainer.criterion.weigh
+        assert weigh.weight == weight
+        expected, _ = weigh(trainer.criterion.criterion, preds, batch)
+    loss, _ = trainer.criterion(preds, batch)
+    assert torch.equal(loss[: len(expected)], expected)
+
+
+def test_completed_labels_count_fully(
+    train: Callable[..., CWDTrainer], teachers: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    data = new_classes(tmp_path / "new")
+    teacher = renamed(teachers["detect"], tmp_path, [*"01234", "a", "b", "c", "d", "e"])
+    words = {"data": data, "teacher": teacher, "complete_labels": True, "pool_weight": 0, **POOL}
+    assert train(**words).criterion.weigh is None
+    trainer = train(**words, unlabeled=str(pictures))  # the teacher knows too little to label these
+    files = trainer.train_loader.dataset.im_files
+    kinds = [Path(file).parents[2].name for file in files]
+    assert [trainer.criterion.weigh.holds(file) for file in files] == [kind == "unlabeled" for kind in kinds]
+    assert kinds.count("completed") == 6
+
+
+def test_measuring_waits_for_an_image_with_labels(
+    train: Callable[..., CWDTrainer], sets: dict[str, str], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds: list[bool] = []
+    measure = prepare.measure
+
+    def noting(criterion: Any, student: Any, teacher: Any, batch: Any) -> None:
+        kinds.extend(criterion.weigh.holds(file) for file in batch["im_file"])
+        measure(criterion, student, teacher, batch)
+
+    monkeypatch.setattr(prepare, "measure", noting)
+    shares: list[dict[str, float]] = []
+    callbacks = {"on_train_epoch_end": lambda trainer: shares.append(trainer.criterion.meter.shares)}
+    words = {"unlabeled": str(pictures), "pool_weight": 0, "cwd": "balanced", "batch": 1, "fraction": 0.17}
+    trainer = train(data=sets["detect"], callbacks=callbacks, **words)
+    assert len(kinds) > 2
+    assert kinds == [True] * (len(kinds) - 1) + [False]
+    assert (trainer.criterion.meter.means > 0).all()
+    assert trainer.criterion.taught == 8
+    assert 0 < shares[0]["P3"] < 10
+
+
+def test_a_training_without_any_measured_strength_stops(
+    train: Callable[..., CWDTrainer], sets: dict[str, str], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PoolWeight, "holds", lambda *_: True)
+    monkeypatch.setattr(prepare, "MOST_MEASURED", 3)
+    words = {"unlabeled": str(pictures), "pool_weight": 0, "cwd": "balanced", "class_share": 0}
+    with pytest.raises(ConfigError, match=r"pool_weight=0: .* give pool_ratio=20, or a larger batch") as error:
+        train(data=sets["detect"], **words)
+    assert len(str(error.value)) < 300
+
+
+def test_a_pool_that_would_teach_nothing_is_refused(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="pool_weight=0: with cwd=0 unlabelled images would teach nothing; leave one"):
+        settings("t", str(pictures), pool_weight=0, cwd=0)
+    assert Settings.parse({"teacher": "t", "pool_weight": 0, "cwd": 0}).pool_weight == 0
+    assert main(["label", f"teacher={STUDENT}", f"source={pictures}", "pool_weight=0"]) == 2
+    assert "pool_weight=0: such images get no labels" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unasked")
+def test_a_pool_without_labels_is_resumed_compared_and_checked(
+    train: Callable[..., CWDTrainer],
+    sets: dict[str, str],
+    pictures: Path,
+    tmp_path: Path,
+    cache: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    last = interrupted(train, tmp_path, 1, epochs=2, data=sets["detect"], unlabeled=str(pictures), pool_weight=0)
+    shutil.rmtree(cache)
+    trainer = resume(last)
+    assert (len(trainer.train_loader.dataset), trainer.epoch, trainer.criterion.weigh.weight) == (6 + 7, 1, 0)
+    words: dict[str, Any] = {**SHORT, "student": STUDENT, "teacher": TEACHER, "data": sets["detect"], "seeds": 1}
+    del words["model"]
+    arms = f"maps:unlabeled={pictures},pool_weight=0"
+    assert list(compare.run({**words, "folder": str(tmp_path / "compared"), "arms": arms})["arms"]) == ["maps"]
+    shutil.rmtree(cache)
+    words = {"teacher": TEACHER, "student": STUDENT, "data": sets["detect"], "unlabeled": pictures, "pool_weight": 0}
+    assert main(["check", *as_words(**words), "imgsz=64", "batch=2", "device=cpu"]) == 0
+    assert "unlabeled 7 images can be used" in capsys.readouterr().out
+    assert not cache.exists()
+
+
+@pytest.mark.slow
+def test_several_processes_use_a_pool_without_labels(
+    sets: dict[str, str], pictures: Path, tmp_path: Path, cache: Path
+) -> None:
+    words = {**SHORT, "teacher": TEACHER, "data": sets["detect"], "unlabeled": pictures, "pool_weight": 0}
+    words |= {"verbose": True, "project": tmp_path / "runs"}
+    result = torchrun(2, "-m", "yolo_cwd", "train", *as_words(**words), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (result.stdout + result.stderr).count("gathering 7 images") == 1
+    assert "13 images" in result.stdout + result.stderr
+    assert len(list(cache.glob("*/records/*.json"))) == 7

@@ -187,7 +187,9 @@ class Settings:
         unlabeled: Absolute paths of images for the teacher to label: folders, globs, lists or images.
         pool_conf: Lowest confidence of an object that becomes a label.
         pool_unsure: Lowest confidence of an object that is painted over; equal to `pool_conf` to paint none.
+        pool_precision: Share of right labels, above 0, that decides the lowest confidence instead; None if it is given.
         pool_ratio: The most unlabelled images for each labelled one, above 0; None for all of them.
+        pool_weight: How much the task's own loss counts on unlabelled images, 0 to 1; 0 if they are not labelled.
         pool_classes: One of `POOL_CLASSES`.
         complete_labels: Whether the teacher's objects of unlabelled classes join the labels of the training images.
     """
@@ -211,7 +213,9 @@ class Settings:
     unlabeled: tuple[str, ...]
     pool_conf: float
     pool_unsure: float
+    pool_precision: float | None
     pool_ratio: float | None
+    pool_weight: float
     pool_classes: str
     complete_labels: bool
 
@@ -247,8 +251,10 @@ class Settings:
             trust_teacher=_choice("trust_teacher", value["trust_teacher"], (True, False)),
             unlabeled=_paths("unlabeled", value["unlabeled"]),
             pool_conf=_number("pool_conf", value["pool_conf"], most=1),
-            pool_unsure=_pool_unsure(value["pool_unsure"], value["pool_conf"]),
+            pool_unsure=_pool_unsure(value["pool_unsure"], value["pool_conf"], value["pool_precision"]),
+            pool_precision=_pool_precision(value["pool_precision"], value["pool_conf"]),
             pool_ratio=None if value["pool_ratio"] is None else _number("pool_ratio", value["pool_ratio"], zero=False),
+            pool_weight=_pool_weight(value),
             pool_classes=_choice("pool_classes", value["pool_classes"], POOL_CLASSES),
             complete_labels=_choice("complete_labels", value["complete_labels"], (True, False)),
         )
@@ -269,6 +275,12 @@ class Settings:
     def balanced(self) -> bool:
         """Whether the weights follow the gradients."""
         return self.cwd == BALANCED
+
+    @property
+    def labelling(self) -> list[str]:
+        """The options that ask the teacher for labels."""
+        asked = {"unlabeled": self.unlabeled and self.pool_weight, "complete_labels": self.complete_labels}
+        return [name for name, value in asked.items() if value]
 
     def course(self) -> str:
         """Return the overall weight and its schedule in words."""
@@ -357,7 +369,8 @@ def _number(name: str, value: Any, zero: bool = True, most: float = math.inf, or
     if not number or not 0 <= value <= most or (value == 0 and not zero):
         bound = "at least 0" if zero else "above 0"
         upper = f" and at most {most:g}" if most < math.inf else ""
-        raise ConfigError(f"{name}={value}: must be {or_else}a number {bound}{upper}, such as {name}={_example(name)}")
+        example = _example(name, 100.0 if most > 1 else 0.9)
+        raise ConfigError(f"{name}={value}: must be {or_else}a number {bound}{upper}, such as {name}={example}")
     return float(value)
 
 
@@ -383,11 +396,29 @@ def _paths(name: str, value: Any) -> tuple[str, ...]:
     return tuple(str(Path(str(path).strip()).absolute()) for path in paths)
 
 
-def _pool_unsure(value: Any, conf: float) -> float:
+def _pool_unsure(value: Any, conf: float, precision: Any) -> float:
     unsure = _number("pool_unsure", value, most=1)
-    if unsure > conf:
+    if precision is None and unsure > conf:
         raise ConfigError(f"pool_unsure={value}: must be at most pool_conf={conf}; give both, the same for none")
     return unsure
+
+
+def _pool_precision(value: Any, conf: float) -> float | None:
+    if value is None:
+        return None
+    precision = _number("pool_precision", value, zero=False, most=1)
+    if conf != OPTIONS["pool_conf"].default:
+        raise ConfigError(
+            f"pool_precision={value}: decides the confidence itself, but pool_conf={conf} is given; leave one out"
+        )
+    return precision
+
+
+def _pool_weight(value: Mapping[str, Any]) -> float:
+    weight = _number("pool_weight", value["pool_weight"], most=1)
+    if value["unlabeled"] and weight == 0 == value["cwd"]:
+        raise ConfigError("pool_weight=0: with cwd=0 unlabelled images would teach nothing; leave one of them out")
+    return weight
 
 
 def _level_weights(value: Any) -> tuple[float, ...]:
@@ -414,6 +445,6 @@ def _stride(item: Any) -> int | None:
     return item if isinstance(item, int) and item in {4, 8, 16, 32, 64, 128} else None
 
 
-def _example(name: str) -> float:
+def _example(name: str, otherwise: float = 100.0) -> float:
     default = OPTIONS[name].default
-    return default if isinstance(default, int | float) else 100.0
+    return default if isinstance(default, int | float) else otherwise

@@ -5,6 +5,9 @@ Two gradients arrive at a map: from its divergence, and from everything else. An
 sees the alias, the rest of the network sees the map itself. Both norms are known after the backward pass, at no cost
 beyond computing them. Under the balanced rule their ratio sets the weight of the next step. So the divergence has a
 given share of the gradient, whatever the loss, the temperature, the image size and the loss scale.
+
+Where the labels of some images count less, or not at all (pool/weight.py), the task's gradient is that of the whole
+batch all the same, and so is ours. A step without any gradient of the task leaves the means as they are.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class LessonWatch:
         """Stop a training that is not taught, after a few batches.
 
         Raises:
-            ConfigError: If no divergence was computed, none reached the student, or all were 0.
+            ConfigError: If no divergence was computed, none reached the student, or all were 0 or had no weight.
         """
         criterion, teacher = trainer.criterion, trainer.teacher.argument
         self._batches += bool(criterion.weight)
@@ -38,6 +38,11 @@ class LessonWatch:
             )
         if not criterion.reaches:
             raise ConfigError(f"freeze={trainer.args.freeze}: {teacher} cannot reach the student; freeze fewer layers")
+        if not trainer.cwd.pool_weight and criterion.balanced.all() and not criterion.meter.means.any():
+            raise ConfigError(
+                f"pool_weight=0: {teacher} teaches nothing, since no batch so far had an image with labels to measure "
+                "its strength by; give pool_ratio=20, or a larger batch"
+            )
         if not criterion.dropped and not any(criterion.columns["nats"].values()):
             raise ConfigError(f"tau={trainer.cwd.tau:g}: {teacher} teaches nothing, every divergence is 0; use tau=1")
 

@@ -29,6 +29,7 @@ from yolo_cwd.run import distributed
 RIDGE = 1e-2  # as a share of the mean variance of the student's channels
 FITTED = 8  # batches for the regression
 MEASURED = 2  # batches for the first measurement of the gradients
+MOST_MEASURED = 200  # the same with pool_weight=0, where a batch may be without any label that counts
 
 
 def choose_precision(trainer: Any) -> None:
@@ -63,8 +64,10 @@ def prepare(trainer: Any, criterion: CWDLoss) -> list[float]:
         if trainer.cwd.adapter == "fitted":
             explained = fit(*parts, islice(batches, FITTED))
         if criterion.balanced.any():
-            for batch in islice(batches, MEASURED):
-                measure(*parts, batch)
+            most, done = MEASURED if trainer.cwd.pool_weight else MOST_MEASURED, 0
+            while done < MEASURED or (done < most and not criterion.meter.means.any()):
+                measure(*parts, next(batches))
+                done += 1
     return explained
 
 
@@ -150,7 +153,7 @@ def measure(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batch: dic
     images, lesson = batch["img"], teacher.lesson(batch["img"])
     with torch.enable_grad(), statistics_untouched(student):
         preds = student(images)
-        loss, _ = criterion.criterion(preds, batch)
+        loss, _ = criterion.task_loss(preds, batch)
         features, scores = _pyramid(criterion, preds), student_scores(preds) if criterion.classes else None
         maps = [features[level.student_index] for level in criterion.levels] + ([] if scores is None else [scores])
         divergences = criterion.compare(features, scores, lesson)

@@ -210,6 +210,7 @@ class DistillingTrainer(PooledTrainer):
             class_weight=self.class_weight,
             device=self.device,
             features=features,
+            weigh=self.weighing(),
         )
 
     def auto_batch(self) -> int:

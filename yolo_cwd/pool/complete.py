@@ -21,7 +21,7 @@ from ultralytics.utils.ops import xywh2xyxy
 from yolo_cwd.config import ConfigError, Settings, listed, unusable_data
 from yolo_cwd.pool import store
 from yolo_cwd.pool.images import READERS, fingerprint, identity, images_of_data, list_images, with_progress
-from yolo_cwd.pool.labels import Own, corners_of
+from yolo_cwd.pool.labels import MAPS, Own, corners_of
 from yolo_cwd.pool.store import Plan, Pool
 from yolo_cwd.run.distributed import first_here_first
 from yolo_cwd.run.request import data_of
@@ -72,7 +72,7 @@ def count(settings: Settings, task: str, args: Any) -> str:
     Raises:
         ConfigError: If there is nothing to complete.
     """
-    teacher, data = _teacher_and_data(settings, task, args)
+    teacher, data = teacher_and_data(settings, task, args)
     images = images_of_data(data).train
     read = _read(images, teacher, data, settings, args)
     number = sum(image in read.own for image in store.share(images, args.fraction))
@@ -84,7 +84,7 @@ def _complete(settings: Settings, task: str | None, args: Any) -> Pool:
     """Return the training images of the data with completed labels."""
     args = store.as_begun(args)
     with first_here_first():
-        teacher, data = _teacher_and_data(settings, task, args)
+        teacher, data = teacher_and_data(settings, task, args)
     said = sorted(data["names"].items()), data.get("kpt_shape")
     folder = store.folder_of("completed", settings, teacher.task, said, args.imgsz)
     completed = store.made_once(folder, "complete_labels=True", lambda: _lists(folder, teacher, data, settings, args))
@@ -94,9 +94,14 @@ def _complete(settings: Settings, task: str | None, args: Any) -> Pool:
     return completed
 
 
-def _teacher_and_data(settings: Settings, task: str | None, args: Any) -> tuple[YOLO, dict[str, Any]]:
+def teacher_and_data(settings: Settings, task: str | None, args: Any) -> tuple[YOLO, dict[str, Any]]:
+    """Return the teacher and the data set whose labels it completes.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
     teacher = store.whole_teacher(settings, task)
-    if teacher.task in store.MAPS:
+    if teacher.task in MAPS:
         raise ConfigError(
             f"complete_labels=True: labels of task={teacher.task} are maps, in which every pixel has a value already; "
             "leave complete_labels out"
@@ -133,39 +138,69 @@ def _read(images: Sequence[Path], teacher: YOLO, data: Mapping[str, Any], settin
 
     All images are read, whatever `fraction` is: a class that is labelled in one image counts as labelled in all.
     """
-    points, values = data.get("kpt_shape", (0, 0))
-    rules = teacher.task == "pose", len(data["names"]), points, values, bool(args.single_cls)
-    labels = img2label_paths(list(map(str, images)))
-
-    def read(image: Path, label: str) -> tuple[Any, ...]:
-        content = Path(label).read_bytes() if Path(label).is_file() else b""
-        return content, *verify_image_label((str(image), label, "", *rules))
-
-    with ThreadPoolExecutor(READERS) as threads:
-        results = with_progress(threads.map(read, images, labels), len(images), "reading the labels")
     own, kinds, unusable = {}, set(), []
-    for image, (content, usable, rows, _, outlines, *_, message) in zip(images, results, strict=True):
-        if usable:
-            boxes = list(corners_of(xywh2xyxy(rows[:, 1:])))
-            own[image] = Own(content, outlines or boxes, bool(outlines))
+    for image, there, rows, _, message in read_labels(images, teacher.task, data, bool(args.single_cls)):
+        if there:
+            own[image] = there
             kinds |= set(rows[:, 0].astype(int).tolist())
         else:
             unusable.append(message)
     if not own:
         raise unusable_data(args.data, ValueError(f"no training image can be used: {listed(unusable, 1)}"))
     warnings = [f"training images that cannot be used: {listed(unusable, 8)}"] if unusable else []
+    labels = img2label_paths(list(map(str, images)))
     if missing := sum(not Path(label).is_file() for label in labels):
         files = f"{missing} of {len(labels)} training images have no label file"
         warnings.append(f"{files}, and have no other objects than the teacher's")
-    classes = _classes(teacher, data["names"], kinds)
+    classes = classes_to_add(teacher, data["names"], kinds)
     absent = [name for kind, name in data["names"].items() if kind not in kinds | set(classes.values())]
     if absent:
         warnings.append(f"no label has {listed(absent, 8)}, and {settings.teacher} does not know them either")
     return Labelled(own, classes, warnings)
 
 
-def _classes(teacher: YOLO, names: Mapping[int, str], kinds: set[int]) -> dict[int, int]:
-    """Return the data's class for each of the teacher's classes, of those that no label has."""
+def read_labels(
+    images: Sequence[Path], task: str, data: Mapping[str, Any], single_class: bool
+) -> list[tuple[Path, Own | None, Any, Any, str]]:
+    """Read the labels of images by Ultralytics' rules.
+
+    Args:
+        images: The images.
+        task: The task that they are labelled for.
+        data: The data set.
+        single_class: Whether all classes are one.
+
+    Returns:
+        For each image: its path; its labels, None if it cannot be used; their classes and boxes [N, 5]; their key
+        points [N, K, 3], None in other tasks; and what Ultralytics says about it.
+    """
+    points, values = data.get("kpt_shape", (0, 0))
+    rules = task == "pose", len(data["names"]), points, values, single_class
+
+    def read(image: Path, label: str) -> tuple[Path, Own | None, Any, Any, str]:
+        content = Path(label).read_bytes() if Path(label).is_file() else b""
+        usable, rows, _, outlines, key_points, *_, message = verify_image_label((str(image), label, "", *rules))
+        if not usable:
+            return image, None, None, None, message
+        boxes = list(corners_of(xywh2xyxy(rows[:, 1:])))
+        return image, Own(content, outlines or boxes, bool(outlines)), rows, key_points, message
+
+    labels = img2label_paths(list(map(str, images)))
+    with ThreadPoolExecutor(READERS) as threads:
+        return with_progress(threads.map(read, images, labels), len(images), "reading the labels")
+
+
+def classes_to_add(teacher: YOLO, names: Mapping[int, str], kinds: set[int]) -> dict[int, int]:
+    """Return the data's class for each of the teacher's classes, of those that no label has.
+
+    Args:
+        teacher: The teacher.
+        names: The data's classes.
+        kinds: Those that labels have.
+
+    Raises:
+        ConfigError: If there is none.
+    """
     unlabelled = {name: kind for kind, name in names.items() if kind not in kinds}
     classes = {i: unlabelled[name] for i, name in teacher.names.items() if name in unlabelled}
     if not classes:

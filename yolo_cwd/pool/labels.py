@@ -10,11 +10,14 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
+from ultralytics.data.utils import exif_size
 
 Array = npt.NDArray[Any]
 
@@ -23,6 +26,7 @@ COVERED = 0.5  # with this share of its box in that of a certain object, an unce
 SAME = 0.5  # two boxes that share this much of the larger one show the same object
 SEEN = 0.5  # lowest confidence of a key point that counts as visible
 IGNORED = 255  # class of pixels that do not count
+MAPS = {"semantic", "depth"}  # tasks in which every pixel has a label
 
 
 class Label(NamedTuple):
@@ -119,6 +123,17 @@ def label_of(result: Any, form: Form, conf: float, own: Own = NOTHING) -> Label:
     )
 
 
+def no_label(image: Path, form: Form) -> Label:
+    """Return the label of an image that has none: no object, or a map in which no pixel counts."""
+    if form.task not in MAPS:
+        return Label(b"", ".txt", Counter())
+    with Image.open(image) as opened:
+        size = exif_size(opened)[::-1]
+    if form.task == "depth":
+        return Label(_array_file(np.zeros(size, np.float32)), ".npy", Counter())
+    return Label(cv2.imencode(".png", np.full(size, IGNORED, np.uint8))[1].tobytes(), ".png", Counter())
+
+
 def _box(result: Any, i: int, _: Form) -> list[float]:
     box: list[float] = result.boxes.xywhn[i].tolist()
     return box
@@ -178,8 +193,12 @@ def _class_map(result: Any, form: Form) -> Label:
 def _depth_map(result: Any) -> Label:
     depth = result.depth
     values = np.asarray(getattr(depth, "data", depth), np.float32).squeeze()
+    return Label(_array_file(values), ".npy", Counter())
+
+
+def _array_file(values: Array) -> bytes:
     np.save(buffer := io.BytesIO(), values)
-    return Label(buffer.getvalue(), ".npy", Counter())
+    return buffer.getvalue()
 
 
 def corners_of(boxes: Array) -> Array:

@@ -4,7 +4,8 @@
     <cache>/unlabeled/<key>/      one folder for a teacher and the options that decide what it says; completed/<key>/ is
                                   the same for images that have labels of their own (complete.py)
         images/<id>.jpg           a hard link to the user's image, a copy where links are impossible, or a painted copy
-        labels/<id>.txt           what the teacher sees there; masks/<id>.png or depth/<id>.npy in tasks with maps
+        labels/<id>.txt           what the teacher sees there; masks/<id>.png or depth/<id>.npy in tasks with maps;
+                                  nothing, and no pixel that counts, with pool_weight=0
         records/<id>.json         what was found; written last, so it marks the image as done
         lists/<key>.txt           images for one training; .yaml is its data set, .json what is in it, written last
 
@@ -51,17 +52,17 @@ from yolo_cwd.pool.images import (
     list_images,
     survey,
 )
-from yolo_cwd.pool.labels import NOTHING, Form, Own, label_of, painted
+from yolo_cwd.pool.labels import MAPS, NOTHING, Form, Own, label_of, no_label, painted
 from yolo_cwd.run.distributed import first_here_first
 from yolo_cwd.run.files import put, write_whole
 from yolo_cwd.run.refusal import disk_is_full
 from yolo_cwd.run.request import data_of
 
 VERSION = 1  # part of the key: raise it whenever what is written changes
-OF_DATA = ("data", "imgsz", "single_cls", "fraction", "split")  # arguments that a resumed run takes from its checkpoint
+# Arguments that a resumed run takes from its checkpoint
+OF_DATA = ("data", "imgsz", "single_cls", "classes", "fraction", "split")
 PAINTABLE = {1, 3}  # numbers of channels of images that can be written as they were read
 WRITABLE = {".jpg", ".jpeg", ".png", ".bmp"}  # suffixes of images that OpenCV can write as well as read
-MAPS = {"semantic", "depth"}  # tasks in which every pixel has a label
 WRITERS = 4  # threads
 MOST_WRITING = 64  # most images that wait to be written
 QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 95]
@@ -113,7 +114,7 @@ class Plan(NamedTuple):
     """Who labels what, and where the labels go.
 
     Attributes:
-        teacher: The model that labels.
+        teacher: The model that labels; None if the images get no labels.
         settings: The checked options.
         form: What labels look like.
         args: The arguments of the training.
@@ -121,7 +122,7 @@ class Plan(NamedTuple):
         own: The existing labels of the images; images without any are not in it.
     """
 
-    teacher: YOLO
+    teacher: YOLO | None
     settings: Settings
     form: Form
     args: Any
@@ -132,6 +133,11 @@ class Plan(NamedTuple):
     def labels(self) -> str:
         """The folder in which Ultralytics looks for labels."""
         return self.form.folder
+
+    @property
+    def doing(self) -> str:
+        """What happens to the images, in a word."""
+        return "labelling" if self.teacher else "gathering"
 
     def name(self, image: Path) -> str:
         """Return the name of an image's files; it depends on the existing labels."""
@@ -151,7 +157,7 @@ def whole_teacher(settings: Settings, task: str | None) -> YOLO:
         ConfigError: If it cannot label for the task.
     """
     teacher, why = settings.teacher, "cannot label images"
-    asking = " and ".join(name for name in ("unlabeled", "complete_labels") if getattr(settings, name))
+    asking = " and ".join(settings.labelling)
     if not isinstance(teacher, str):
         raise ConfigError(f"teacher={type(teacher).__name__}: {why} as an object; give the path of its checkpoint")
     if not teacher.lower().endswith(".pt"):
@@ -239,7 +245,7 @@ def label_pool(plan: Plan, data: dict[str, Any], labelled: Sequence[str] = ()) -
         ConfigError: If there is nothing to label.
     """
     pool = made_once(plan.folder, f"unlabeled={_shown(plan.settings)}", lambda: _lists(plan, data, labelled))
-    LOGGER.info(f"{colorstr('CWD:')} {_told(pool.found)}; in {pool.folder}")
+    LOGGER.info(f"{colorstr('CWD:')} {_told(pool.found, plan)}; in {pool.folder}")
     if pool.found.left_out:
         say = LOGGER.warning if pool.found.scored_on else LOGGER.info
         say(f"{colorstr('CWD:')} images of unlabeled= that are left out: {pool.found.left_out}")
@@ -253,6 +259,8 @@ def plan_of(settings: Settings, task: str | None, args: Any) -> tuple[Plan, dict
         ConfigError: If the teacher cannot label for the data.
     """
     args = as_begun(args)
+    if task and "unlabeled" not in settings.labelling:
+        return _plan_without_labels(settings, task, args)
     with first_here_first():
         teacher = whole_teacher(settings, task)
         data = data_of(changed(args, single_cls=False)) if args.data else _data_like(teacher)
@@ -260,6 +268,16 @@ def plan_of(settings: Settings, task: str | None, args: Any) -> tuple[Plan, dict
     said = sorted(form.classes.items()), form.point_values, sorted(form.raw_ids.items()), data.get("masks_dir")
     folder = folder_of("unlabeled", settings, form.task, said, args.imgsz)
     return Plan(teacher, settings, form, args, folder), data
+
+
+def _plan_without_labels(settings: Settings, task: str, args: Any) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan for a pool that teaches by the teacher's maps alone; what the teacher knows does not matter."""
+    with first_here_first():
+        data = data_of(changed(args, single_cls=False))
+    polygons = task == "semantic" and not data.get("masks_dir")
+    form = Form("segment" if polygons else task, {}, _label_folder(task, data))
+    folder = cache_folder() / "unlabeled" / fingerprint(VERSION, form.task, form.folder)[:16]
+    return Plan(None, settings, form, args, folder), data
 
 
 def folder_of(kind: str, settings: Settings, task: str, said: Any, imgsz: int) -> Path:
@@ -288,9 +306,27 @@ def made_once(folder: Path, argument: str, make: Callable[[], Path]) -> Pool:
     Raises:
         ConfigError: If the disk is full.
     """
+    with writing_alone(folder, argument):
+        lists = make()
+    data = lists.with_suffix(".yaml")
+    train = yaml.safe_load(data.read_text(encoding="utf-8"))["train"]
+    return Pool(folder, train, data, Found(**json.loads(lists.read_text(encoding="utf-8"))))
+
+
+@contextmanager
+def writing_alone(folder: Path, argument: str) -> Iterator[None]:
+    """Let one process at a time write into a folder of ours.
+
+    Args:
+        folder: The folder.
+        argument: The argument that asks for what is written, with its value.
+
+    Raises:
+        ConfigError: If the disk is full.
+    """
     try:
         with _alone(folder):
-            lists = make()
+            yield
     except OSError as error:
         if not disk_is_full(error):
             raise
@@ -298,9 +334,6 @@ def made_once(folder: Path, argument: str, make: Callable[[], Path]) -> Pool:
             f"{argument}: cannot write {error.filename or folder} ({error.strerror}); make room, or set "
             "XDG_CACHE_HOME to a folder on another disk"
         ) from error
-    data = lists.with_suffix(".yaml")
-    train = yaml.safe_load(data.read_text(encoding="utf-8"))["train"]
-    return Pool(folder, train, data, Found(**json.loads(lists.read_text(encoding="utf-8"))))
 
 
 @contextmanager
@@ -316,7 +349,7 @@ def _alone(folder: Path) -> Iterator[None]:
             lock.acquire(timeout=1)
         except Timeout:
             if LOCAL_RANK in {-1, 0}:
-                LOGGER.info(f"{colorstr('CWD:')} waiting for another process that labels images by this teacher")
+                LOGGER.info(f"{colorstr('CWD:')} waiting for another process that prepares such images")
             lock.acquire()
     try:
         yield
@@ -437,13 +470,12 @@ def label_images(plan: Plan, images: Sequence[Path]) -> list[dict[str, Any]]:
         (plan.folder / part).mkdir(parents=True, exist_ok=True)
     if missing:
         done = f", {len(images) - len(missing)} are done" if len(missing) < len(images) else ""
-        LOGGER.info(
-            f"{colorstr('CWD:')} {plan.settings.teacher} labels {len(missing)} images{done}, into {plan.folder}"
-        )
+        who = f"{plan.settings.teacher} labels" if plan.teacher else plan.doing
+        LOGGER.info(f"{colorstr('CWD:')} {who} {len(missing)} images{done}, into {plan.folder}")
         try:
             _write_labels(plan, missing, names)
         except KeyboardInterrupt as interrupt:
-            raise type(interrupt)("labelling is interrupted; run the same command again to continue") from None
+            raise type(interrupt)(f"{plan.doing} is interrupted; run the same command again to continue") from None
     records = [_record(plan.folder, name) for name in names.values()]
     found = [record for record in records if record]
     if lost := len(records) - len(found):
@@ -453,10 +485,11 @@ def label_images(plan: Plan, images: Sequence[Path]) -> list[dict[str, Any]]:
 
 def _write_labels(plan: Plan, images: Sequence[str], names: Mapping[str, str]) -> None:
     """Label images, without making the teacher wait for the disk."""
-    bar = TQDM(total=len(images), desc=f"{colorstr('CWD:')} labelling")
+    bar = TQDM(total=len(images), desc=f"{colorstr('CWD:')} {plan.doing}")
     writing: deque[Future[None]] = deque()
     with closing(bar), ThreadPoolExecutor(WRITERS) as writers:
-        for result in _predictions(plan, images):
+        results = predictions(plan, images) if plan.teacher else (SimpleNamespace(path=image) for image in images)
+        for result in results:
             writing.append(writers.submit(_put, plan, result, Path(result.path), names[result.path]))
             if len(writing) > MOST_WRITING:
                 writing.popleft().result()
@@ -465,9 +498,10 @@ def _write_labels(plan: Plan, images: Sequence[str], names: Mapping[str, str]) -
             rest.result()
 
 
-def _predictions(plan: Plan, images: Sequence[str]) -> Iterator[Any]:
+def predictions(plan: Plan, images: Sequence[str]) -> Iterator[Any]:
     """Yield the teacher's predictions on images, in any order."""
     settings, args = plan.settings, plan.args
+    assert plan.teacher is not None
     conf = min(settings.pool_conf, settings.pool_unsure)
     asked_for = set(images)
     listing = Path(tempfile.mkstemp(suffix=".txt", dir=plan.folder)[1])  # Ultralytics loads a list all at once
@@ -491,7 +525,10 @@ def _device(device: Any) -> torch.device | str | None:
 
 def _put(plan: Plan, result: Any, source: Path, name: str) -> None:
     """Write the label of an image, the image beside it, and the record last."""
-    label = label_of(result, plan.form, plan.settings.pool_conf, plan.own.get(source, NOTHING))
+    if plan.teacher:
+        label = label_of(result, plan.form, plan.settings.pool_conf, plan.own.get(source, NOTHING))
+    else:
+        label = no_label(source, plan.form)
     image = plan.folder / "images" / f"{name}{source.suffix.lower()}"
     if label.uncertain:
         image = image.with_suffix(image.suffix if image.suffix in WRITABLE else ".png")
@@ -533,12 +570,16 @@ def _present(source: Path, image: Path) -> None:
     put(unfinished, image)
 
 
-def _told(found: Found) -> str:
+def _told(found: Found, plan: Plan) -> str:
+    if not plan.teacher:
+        return f"{found.images:,} images without labels teach by the teacher's maps alone (pool_weight=0)"
     said = f"{found.images:,} images without labels are labelled by the teacher"
+    weight = plan.settings.pool_weight
+    count = "" if weight == 1 else f"; each counts as {weight:g} of a labelled one in the task's own loss"
     if found.task in MAPS:
-        return said
+        return said + count
     objects = f"{sum(found.objects.values()):,} objects, {found.empty:,} images without any"
-    return f"{said}: {objects}, {found.painted:,} with uncertain ones painted over"
+    return f"{said}: {objects}, {found.painted:,} with uncertain ones painted over{count}"
 
 
 def _data_like(teacher: YOLO) -> dict[str, Any]:
@@ -568,10 +609,11 @@ def form_of(teacher: YOLO, data: Mapping[str, Any], settings: Settings, translat
             f"{name}: takes images of {channels} channels, the data have {data.get('channels', 3)}; "
             "choose a teacher trained on such images"
         )
-    if channels not in PAINTABLE and settings.pool_unsure < settings.pool_conf:
+    most = settings.pool_conf if settings.pool_precision is None else 1.0  # not chosen yet
+    if channels not in PAINTABLE and settings.pool_unsure < most:
         raise ConfigError(
             f"pool_unsure={settings.pool_unsure:g}: images of {channels} channels cannot be painted over; give "
-            f"pool_unsure={settings.pool_conf:g}, as pool_conf"
+            f"pool_unsure={most:g} to paint none"
         )
     if task == "semantic" and not data.get("masks_dir"):
         raise ConfigError(
@@ -584,8 +626,11 @@ def form_of(teacher: YOLO, data: Mapping[str, Any], settings: Settings, translat
     if task == "semantic" and len(data["names"]) == 1:  # its maps have 1 where the class is, and 0 elsewhere
         classes[1] = 1
     raw = _raw_ids(data) if task == "semantic" else {}
-    folder = {"semantic": data.get("masks_dir"), "depth": "depth"}.get(task) or "labels"
-    return Form(task, classes, folder, int(data.get("kpt_shape", [0, 3])[1]), raw)
+    return Form(task, classes, _label_folder(task, data), int(data.get("kpt_shape", [0, 3])[1]), raw)
+
+
+def _label_folder(task: str, data: Mapping[str, Any]) -> str:
+    return {"semantic": data.get("masks_dir"), "depth": "depth"}.get(task) or "labels"
 
 
 def _translation(teacher: YOLO, data: Mapping[str, Any], settings: Settings, single_class: bool) -> dict[int, int]:

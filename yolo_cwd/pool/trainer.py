@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from yolo_cwd.config import Settings, unusable_data
-from yolo_cwd.pool import complete, store
+from yolo_cwd.pool import complete, confidence, store
+from yolo_cwd.pool.weight import PoolWeight
 from yolo_cwd.run import distributed
 from yolo_cwd.run.resumable import ResumableTrainer
 from yolo_cwd.tasks import Task
@@ -30,7 +31,8 @@ class PooledTrainer(ResumableTrainer):
 
     def label_pool(self, args: Any) -> store.Pool | None:
         """Let the teacher label the images of `unlabeled`, and complete the labels of the others."""
-        pool = complete.prepare(self.cwd, self.task.name, args)
+        settings = confidence.chosen(self.cwd, self.task.name, args)
+        pool = complete.prepare(settings, self.task.name, args)
         gc.collect()  # the teacher with its head
         torch.cuda.empty_cache()
         return pool
@@ -50,6 +52,15 @@ class PooledTrainer(ResumableTrainer):
         fraction = self.args.fraction
         self.args.fraction = 1.0 if whole else fraction
         try:
-            return super().build_dataset(img_path, mode, batch)
+            dataset = super().build_dataset(img_path, mode, batch)
         finally:
             self.args.fraction = fraction
+        if whole and (weighing := self.weighing()):
+            weighing.keep_apart(dataset)
+        return dataset
+
+    def weighing(self) -> PoolWeight | None:
+        """Return what makes the labels of the pool count less; None if they count like all others."""
+        if not self.pool or not self.cwd.unlabeled or self.cwd.pool_weight == 1:
+            return None
+        return PoolWeight(self.cwd.pool_weight, self.pool.folder, bool(self.args.overlap_mask))

@@ -29,7 +29,7 @@ from ultralytics.utils.torch_utils import autocast, get_flops, parse_device, unw
 from yolo_cwd import digits
 from yolo_cwd.config import ConfigError
 from yolo_cwd.method.teacher import wait_for
-from yolo_cwd.pool import complete, store
+from yolo_cwd.pool import complete, confidence, store
 from yolo_cwd.pool.images import Survey
 from yolo_cwd.study.advice import as_text, compare_classes, verdict
 from yolo_cwd.study.rehearsal import Unheard, passing_folder, set_up
@@ -51,9 +51,10 @@ class Trial(Unheard, CWDTrainer):
     def label_pool(self, args: Any) -> None:
         """Count the images that the teacher would label, without labelling them."""
         args.data = None if args.data == MADE_UP else args.data
+        confidence.refuse_maps(self.cwd, self.task.name)
         if self.cwd.complete_labels:
             self.completed = complete.count(self.cwd, self.task.name, args)
-        else:
+        elif self.cwd.labelling:
             store.whole_teacher(self.cwd, self.task.name)  # refuses one that cannot label
         if self.cwd.unlabeled:
             self.unlabeled = store.count(self.cwd, args)

@@ -22,8 +22,9 @@ from ultralytics.utils.plotting import plot_images
 from yolo_cwd import digits
 from yolo_cwd.config import ConfigError, Settings, check_names, listed, split_options
 from yolo_cwd.method.teacher import load_teacher
-from yolo_cwd.pool import complete, store
+from yolo_cwd.pool import complete, confidence, store
 from yolo_cwd.pool.images import evenly, images_of_data, list_images
+from yolo_cwd.pool.labels import MAPS
 from yolo_cwd.study.advice import WIDTH
 
 SHEET = 9  # images that are drawn with their labels
@@ -48,10 +49,13 @@ def run(words: dict[str, Any]) -> store.Pool:
         raise ConfigError("source: missing; give the images to label, such as source=path/to/images")
     check_names(arguments, DEFAULT_CFG_DICT)
     settings = Settings.parse({**options, "unlabeled": source})
+    if source is not None and not settings.pool_weight:
+        raise ConfigError("pool_weight=0: such images get no labels, so there is nothing to see; leave pool_weight out")
     load_teacher(settings.teacher, settings.trust_teacher)
     teacher = store.whole_teacher(settings, arguments.get("task"))
     data = digits.resolve(arguments.get("data"), teacher.task)
     args = get_cfg(DEFAULT_CFG_DICT, {**arguments, "data": data, "task": teacher.task})
+    settings = confidence.chosen(settings, teacher.task, args)
     pool = complete.prepare(settings, teacher.task, args)
     names = check_det_dataset(str(pool.data))["names"] if settings.unlabeled else dict(enumerate(pool.found.objects))
     print(as_text(pool, settings, _draw(pool, args)))
@@ -65,7 +69,7 @@ def as_text(pool: store.Pool, settings: Settings, sheet: Path) -> str:
     found = pool.found
     lines = [f"{found.images:,} images {'labelled' if settings.unlabeled else 'completed'} by {settings.teacher}"]
     further = "" if settings.unlabeled else "further "
-    if found.task not in store.MAPS:
+    if found.task not in MAPS:
         lines += [
             f"{found.empty:,} without any {further}object, {found.painted:,} with uncertain ones painted over",
             f"mean confidence {found.confidence:.2f}",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STUDENT, TEACHER
+from conftest import STUDENT, TEACHER, narrow
 from torch import nn
 from ultralytics.nn.modules.head import Detect
 
@@ -42,7 +42,8 @@ def test_a_step_runs_one_head_and_no_graph_through_the_teacher(train: Callable[.
 
     hooks: list[Any] = []
     try:
-        train(callbacks={"on_train_start": begin, "on_train_batch_end": end})
+        models = {"model": narrow("yolov8n.yaml"), "teacher": narrow("yolov8s.yaml")}
+        train(**models, callbacks={"on_train_start": begin, "on_train_batch_end": end})
     finally:
         for hook in hooks:
             hook.remove()

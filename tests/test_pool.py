@@ -36,7 +36,7 @@ from yolo_cwd import CWDTrainer, digits
 from yolo_cwd.cli import main
 from yolo_cwd.config import ConfigError, Settings
 from yolo_cwd.method import prepare
-from yolo_cwd.pool import complete, confidence, store
+from yolo_cwd.pool import complete, confidence, plan, store
 from yolo_cwd.pool.images import list_images
 from yolo_cwd.pool.labels import painted
 from yolo_cwd.pool.weight import Mates, PoolWeight
@@ -1294,7 +1294,8 @@ def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("asked for labels")
 
     monkeypatch.setattr(store, "predictions", refuse)
-    monkeypatch.setattr(store, "whole_teacher", refuse)
+    for module in (plan, complete):
+        monkeypatch.setattr(module, "whole_teacher", refuse)
 
 
 @pytest.mark.usefixtures("unasked")

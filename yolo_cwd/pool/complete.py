@@ -22,7 +22,8 @@ from yolo_cwd.config import ConfigError, Settings, listed, unusable_data
 from yolo_cwd.pool import store
 from yolo_cwd.pool.images import READERS, fingerprint, identity, images_of_data, list_images, with_progress
 from yolo_cwd.pool.labels import MAPS, Own, corners_of
-from yolo_cwd.pool.store import Plan, Pool
+from yolo_cwd.pool.plan import Plan, as_begun, changed, folder_of, form_of, plan_of, whole_teacher
+from yolo_cwd.pool.store import Pool
 from yolo_cwd.run.distributed import first_here_first
 from yolo_cwd.run.request import data_of
 
@@ -57,7 +58,7 @@ def prepare(settings: Settings, task: str | None, args: Any) -> Pool:
     if not settings.unlabeled:
         return _complete(settings, task, args)
     list_images(settings.unlabeled, "unlabeled")  # refuse these before the others are labelled
-    plan, data = store.plan_of(settings, task, args)
+    plan, data = plan_of(settings, task, args)
     return store.label_pool(plan, data, _complete(settings, task, args).train)
 
 
@@ -82,11 +83,11 @@ def count(settings: Settings, task: str, args: Any) -> str:
 
 def _complete(settings: Settings, task: str | None, args: Any) -> Pool:
     """Return the training images of the data with completed labels."""
-    args = store.as_begun(args)
+    args = as_begun(args)
     with first_here_first():
         teacher, data = teacher_and_data(settings, task, args)
     said = sorted(data["names"].items()), data.get("kpt_shape")
-    folder = store.folder_of("completed", settings, teacher.task, said, args.imgsz)
+    folder = folder_of("completed", settings, teacher.task, said, args.imgsz)
     completed = store.made_once(folder, "complete_labels=True", lambda: _lists(folder, teacher, data, settings, args))
     LOGGER.info(f"{colorstr('CWD:')} {_told(completed.found)}; in {folder}")
     for warning in completed.found.warnings:
@@ -100,7 +101,7 @@ def teacher_and_data(settings: Settings, task: str | None, args: Any) -> tuple[Y
     Raises:
         ConfigError: If it cannot.
     """
-    teacher = store.whole_teacher(settings, task)
+    teacher = whole_teacher(settings, task)
     if teacher.task in MAPS:
         raise ConfigError(
             f"complete_labels=True: labels of task={teacher.task} are maps, in which every pixel has a value already; "
@@ -108,7 +109,7 @@ def teacher_and_data(settings: Settings, task: str | None, args: Any) -> tuple[Y
         )
     if not args.data:
         raise ConfigError("complete_labels=True: is about the labels of a data set; give data=")
-    return teacher, data_of(store.changed(args, single_cls=False))
+    return teacher, data_of(changed(args, single_cls=False))
 
 
 def _lists(folder: Path, teacher: YOLO, data: dict[str, Any], settings: Settings, args: Any) -> Path:
@@ -122,7 +123,7 @@ def _lists(folder: Path, teacher: YOLO, data: dict[str, Any], settings: Settings
     if store.is_whole(file):
         return file
     read = _read(images, teacher, data, settings, args)
-    form = store.form_of(teacher, data, settings, read.classes)
+    form = form_of(teacher, data, settings, read.classes)
     plan = Plan(teacher, settings, form, args, folder, read.own)
     records = store.label_images(plan, [image for image in store.share(images, args.fraction) if image in read.own])
     labelled = sum(record["labelled"] for record in records)

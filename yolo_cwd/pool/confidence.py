@@ -27,7 +27,7 @@ from yolo_cwd.config import ConfigError, Settings
 from yolo_cwd.pool import complete, store
 from yolo_cwd.pool.images import identity, images_of_data, list_images, with_progress
 from yolo_cwd.pool.labels import MAPS, ROWS, Array, Form
-from yolo_cwd.pool.store import Plan
+from yolo_cwd.pool.plan import Plan, as_begun, folder_of, form_of, plan_of
 from yolo_cwd.run.distributed import first_here_first
 from yolo_cwd.run.files import write_whole
 
@@ -90,7 +90,7 @@ def chosen(settings: Settings, task: str, args: Any) -> Settings:
     if value is None or not settings.labelling:
         return settings
     refuse_maps(settings, task)
-    args = store.as_begun(args)
+    args = as_begun(args)
     if not args.data:
         raise ConfigError(
             f"pool_precision={value:g}: is measured on the validation images of a data set; give data=, or pool_conf "
@@ -157,12 +157,12 @@ def _plan(settings: Settings, task: str, args: Any) -> tuple[Plan, dict[str, Any
     """Return who labels what, with the data's classes as the training has them, and the data set."""
     if "unlabeled" in settings.labelling:
         list_images(settings.unlabeled, "unlabeled")  # refuse these before the teacher is measured
-        plan, data = store.plan_of(settings, task, args)
+        plan, data = plan_of(settings, task, args)
     else:
         with first_here_first():
             teacher, data = complete.teacher_and_data(settings, task, args)
         classes = complete.classes_to_add(teacher, data["names"], set())
-        plan = Plan(teacher, settings, store.form_of(teacher, data, settings, classes), args, Path())
+        plan = Plan(teacher, settings, form_of(teacher, data, settings, classes), args, Path())
     classes = {theirs: ours for theirs, ours in plan.form.classes.items() if _trained(ours, args)}
     if args.single_cls:
         classes = dict.fromkeys(classes, 0)
@@ -183,7 +183,7 @@ def _known(plan: Plan, data: Mapping[str, Any]) -> Curve:
     state = [identity(file) for file in (*images, *labels) if file.exists()]
     forms = len(data["names"]), data.get("kpt_shape"), data.get("kpt_oks_sigmas")
     said = state, sorted(plan.form.classes.items()), forms, args.classes, bool(args.single_cls)
-    folder = store.folder_of("confidences", plan.settings, plan.form.task, said, args.imgsz)
+    folder = folder_of("confidences", plan.settings, plan.form.task, said, args.imgsz)
     file = folder.with_suffix(".json")
     with store.writing_alone(folder, f"pool_precision={plan.settings.pool_precision:g}"):
         if not file.exists():

@@ -31,6 +31,7 @@ from yolo_cwd.config import ConfigError
 from yolo_cwd.method.teacher import wait_for
 from yolo_cwd.pool import complete, confidence, store
 from yolo_cwd.pool.images import Survey
+from yolo_cwd.pool.plan import whole_teacher
 from yolo_cwd.study.advice import as_text, compare_classes, verdict
 from yolo_cwd.study.rehearsal import Unheard, passing_folder, set_up
 from yolo_cwd.study.score import knows, score
@@ -55,7 +56,7 @@ class Trial(Unheard, CWDTrainer):
         if self.cwd.complete_labels:
             self.completed = complete.count(self.cwd, self.task.name, args)
         elif self.cwd.labelling:
-            store.whole_teacher(self.cwd, self.task.name)  # refuses one that cannot label
+            whole_teacher(self.cwd, self.task.name)  # refuses one that cannot label
         if self.cwd.unlabeled:
             self.unlabeled = store.count(self.cwd, args)
 

@@ -25,6 +25,7 @@ from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.pool import complete, confidence, store
 from yolo_cwd.pool.images import evenly, images_of_data, list_images
 from yolo_cwd.pool.labels import MAPS
+from yolo_cwd.pool.plan import whole_teacher
 from yolo_cwd.study.advice import WIDTH
 
 SHEET = 9  # images that are drawn with their labels
@@ -52,7 +53,7 @@ def run(words: dict[str, Any]) -> store.Pool:
     if source is not None and not settings.pool_weight:
         raise ConfigError("pool_weight=0: such images get no labels, so there is nothing to see; leave pool_weight out")
     load_teacher(settings.teacher, settings.trust_teacher)
-    teacher = store.whole_teacher(settings, arguments.get("task"))
+    teacher = whole_teacher(settings, arguments.get("task"))
     data = digits.resolve(arguments.get("data"), teacher.task)
     args = get_cfg(DEFAULT_CFG_DICT, {**arguments, "data": data, "task": teacher.task})
     settings = confidence.chosen(settings, teacher.task, args)

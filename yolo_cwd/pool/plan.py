@@ -73,15 +73,16 @@ def whole_teacher(settings: Settings, task: str | None) -> YOLO:
     """
     teacher, why = settings.teacher, "cannot label images"
     asking = " and ".join(settings.labelling)
+    instead = "train with pool_weight=0" if asking == "unlabeled" else f"leave {asking} out"
     if not isinstance(teacher, str):
         raise ConfigError(f"teacher={type(teacher).__name__}: {why} as an object; give the path of its checkpoint")
     if not teacher.lower().endswith(".pt"):
-        raise ConfigError(f"teacher={teacher}: {why}, it is not trained; give a .pt checkpoint, or leave {asking} out")
+        raise ConfigError(f"teacher={teacher}: {why}, it is not trained; give a .pt checkpoint, or {instead}")
     model = YOLO(str(_file_of(teacher)))
     if task and model.task != task:
         raise ConfigError(
             f"teacher={teacher}: a model for task={model.task} {why} for task={task}; give a teacher for {task}, or "
-            f"leave {asking} out"
+            f"{instead}"
         )
     return model
 
@@ -214,10 +215,10 @@ def _translation(teacher: YOLO, data: Mapping[str, Any], settings: Settings, sin
     known = {i: by_name[name] for i, name in theirs.items() if name in by_name}
     missing = [name for i, name in ours.items() if i not in known.values()]
     if missing and (settings.pool_classes != "known" or not known):
-        remedy = " or pool_classes=known" if known else ""
+        remedy = "pool_classes=known" if known else "train with pool_weight=0"
         raise ConfigError(
             f"teacher={settings.teacher}: does not know {listed(missing)} of the data, and would call "
-            f"them background in unlabelled images; give a teacher that does,{remedy or ' or leave unlabeled out'}"
+            f"them background in unlabelled images; give a teacher that does, or {remedy}"
         )
     return known
 

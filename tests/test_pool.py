@@ -18,8 +18,8 @@ import pytest
 import torch
 import yaml
 from conftest import SHORT, STUDENT, TEACHER, narrow, settled
-from processes import Started
-from test_distributed import as_words, torchrun
+from processes import Started, together
+from test_distributed import as_words
 from test_state import interrupted, resume
 from test_trainer import rows as results
 from ultralytics import YOLO
@@ -523,16 +523,22 @@ def test_an_arm_may_have_a_pool(teachers: dict[str, str], sets: dict[str, str], 
     assert str(pictures) in (tmp_path / "compared" / "runs" / "unl-0" / "cwd.yaml").read_text()
 
 
+def trained_by_two(words: dict[str, Any], folder: Path) -> str:
+    """Train by two processes, and return what they have said."""
+    ended = together(2, "processes:main", "train", *as_words(**words), cwd=folder)
+    assert [one.code for one in ended] == [0, 0], ended[0].stderr[-2000:]
+    return "".join(one.stdout + one.stderr for one in ended)
+
+
 @pytest.mark.slow
 def test_several_processes_label_once(
     teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path, cache: Path
 ) -> None:
     words = {**SHORT, "teacher": teachers["detect"], "data": sets["detect"], "unlabeled": pictures, **POOL}
     words |= {"verbose": True, "project": tmp_path / "runs", "model": teachers["detect"]}
-    result = torchrun(2, "-m", "yolo_cwd", "train", *as_words(**words), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert (result.stdout + result.stderr).count("labels 7 images") == 1
-    assert "13 images" in result.stdout + result.stderr
+    said = trained_by_two(words, tmp_path)
+    assert said.count("labels 7 images") == 1
+    assert "13 images" in said
     assert len(list(cache.glob("*/records/*.json"))) == 7
 
 
@@ -891,9 +897,8 @@ def test_several_processes_complete_once(teachers: dict[str, str], tmp_path: Pat
     teacher = renamed(teachers["detect"], tmp_path, [*"01234", "a", "b", "c", "d", "e"])
     words = {**SHORT, "teacher": teacher, "data": data, "complete_labels": True, **POOL}
     words |= {"verbose": True, "project": tmp_path / "runs", "model": teachers["detect"]}
-    result = torchrun(2, "-m", "yolo_cwd", "train", *as_words(**words), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert (result.stdout + result.stderr).count("labels 6 images") == 1
+    said = trained_by_two(words, tmp_path)
+    assert said.count("labels 6 images") == 1
     assert len(list((cache.parent / "completed").glob("*/records/*.json"))) == 6
 
 
@@ -1167,9 +1172,8 @@ def test_several_processes_measure_once(teachers: dict[str, str], pictures: Path
     teacher = surer(teachers["detect"], tmp_path)
     words = {**SHORT, "teacher": teacher, "data": seen_by(teacher, tmp_path), "unlabeled": pictures}
     words |= {"pool_precision": 0.6, "verbose": True, "project": tmp_path / "runs", "model": teacher}
-    result = torchrun(2, "-m", "yolo_cwd", "train", *as_words(**words), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert (result.stdout + result.stderr).count("labels 4 validation images") == 1
+    said = trained_by_two(words, tmp_path)
+    assert said.count("labels 4 validation images") == 1
     assert len(list((cache.parent / "confidences").glob("*.json"))) == 1
 
 
@@ -1470,8 +1474,7 @@ def test_several_processes_use_a_pool_without_labels(
 ) -> None:
     words = {**SHORT, "teacher": TEACHER, "data": sets["detect"], "unlabeled": pictures, "pool_weight": 0}
     words |= {"verbose": True, "project": tmp_path / "runs"}
-    result = torchrun(2, "-m", "yolo_cwd", "train", *as_words(**words), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert (result.stdout + result.stderr).count("gathering 7 images") == 1
-    assert "13 images" in result.stdout + result.stderr
+    said = trained_by_two(words, tmp_path)
+    assert said.count("gathering 7 images") == 1
+    assert "13 images" in said
     assert len(list(cache.glob("*/records/*.json"))) == 7

@@ -28,6 +28,14 @@ FOLDER = Path(os.environ["YOLO_CONFIG_DIR"])
 torch.set_num_threads(1)
 
 
+def written(folder: str, name: str, model: dict[str, Any]) -> str:
+    """Write a model's description, and return its path."""
+    file = FOLDER / folder / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(yaml.safe_dump(model), encoding="utf-8")
+    return str(file)
+
+
 def narrow(name: str, width: float = 0.25) -> str:
     """Path of a model of Ultralytics with a share of its channels, and with one of each repeated block.
 
@@ -39,10 +47,7 @@ def narrow(name: str, width: float = 0.25) -> str:
         model["scales"] = {scale: [0.01, usual * width, most]}
     elif "width_multiple" in model:
         model |= {"depth_multiple": 0.01, "width_multiple": width**2}  # as large as an n elsewhere, then the share
-    file = FOLDER / f"width{width}" / name
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(yaml.safe_dump({k: v for k, v in model.items() if k != "yaml_file"}), encoding="utf-8")
-    return str(file)
+    return written(f"width{width}", name, {k: v for k, v in model.items() if k != "yaml_file"})
 
 
 def bare(name: str, width: float = 0.25) -> str:
@@ -55,10 +60,7 @@ def bare(name: str, width: float = 0.25) -> str:
     levels = list(range(2, 2 + len(sources)))  # P3 is the third of them
     model["backbone"] = [[-1, 1, "Conv", [channels, 3, 2]] for channels in (64, 128, 256, 512, 1024)]
     model["head"] = [[levels, *head]]
-    file = FOLDER / f"bare{width}" / name
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(yaml.safe_dump(model), encoding="utf-8")
-    return str(file)
+    return written(f"bare{width}", name, model)
 
 
 def settled(model: Any, data: str) -> Any:

@@ -22,10 +22,30 @@ from yolo_cwd.config import ConfigError, Settings, listed, unusable_data
 from yolo_cwd.pool import store
 from yolo_cwd.pool.images import READERS, fingerprint, identity, images_of_data, list_images, with_progress
 from yolo_cwd.pool.labels import MAPS, Own, corners_of
-from yolo_cwd.pool.plan import Plan, as_begun, changed, folder_of, form_of, plan_of, whole_teacher
+from yolo_cwd.pool.plan import Plan, changed, folder_of, form_of, plan_of, whole_teacher
 from yolo_cwd.pool.store import Pool
 from yolo_cwd.run.distributed import first_here_first
 from yolo_cwd.run.request import data_of
+
+
+class Read(NamedTuple):
+    """An image and its labels, as Ultralytics reads them.
+
+    Attributes:
+        image: The image.
+        file: Whether it has a label file.
+        own: Its labels; None if it cannot be used.
+        rows: The class and the box of each object [N, 5]; None without labels.
+        points: The key points [N, K, 3]; None in other tasks.
+        message: What Ultralytics says about it.
+    """
+
+    image: Path
+    file: bool
+    own: Own | None
+    rows: Any
+    points: Any
+    message: str
 
 
 class Labelled(NamedTuple):
@@ -48,7 +68,7 @@ def prepare(settings: Settings, task: str | None, args: Any) -> Pool:
     Args:
         settings: The checked options; they ask for at least one of the two.
         task: The task of the student; None for the teacher's.
-        args: The arguments of the training.
+        args: The arguments of the training, as it was begun.
 
     Raises:
         ConfigError: If the teacher cannot label for the data, or if there is nothing to label.
@@ -83,7 +103,6 @@ def count(settings: Settings, task: str, args: Any) -> str:
 
 def _complete(settings: Settings, task: str | None, args: Any) -> Pool:
     """Return the training images of the data with completed labels."""
-    args = as_begun(args)
     with first_here_first():
         teacher, data = teacher_and_data(settings, task, args)
     said = sorted(data["names"].items()), data.get("kpt_shape")
@@ -139,19 +158,15 @@ def _read(images: Sequence[Path], teacher: YOLO, data: Mapping[str, Any], settin
 
     All images are read, whatever `fraction` is: a class that is labelled in one image counts as labelled in all.
     """
-    own, kinds, unusable = {}, set(), []
-    for image, there, rows, _, message in read_labels(images, teacher.task, data, bool(args.single_cls)):
-        if there:
-            own[image] = there
-            kinds |= set(rows[:, 0].astype(int).tolist())
-        else:
-            unusable.append(message)
+    found = read_labels(images, teacher.task, data, bool(args.single_cls))
+    own = {read.image: read.own for read in found if read.own}
+    kinds = {kind for read in found if read.own for kind in read.rows[:, 0].astype(int).tolist()}
+    unusable = [read.message for read in found if not read.own]
     if not own:
         raise unusable_data(args.data, ValueError(f"no training image can be used: {listed(unusable, 1)}"))
     warnings = [f"training images that cannot be used: {listed(unusable, 8)}"] if unusable else []
-    labels = img2label_paths(list(map(str, images)))
-    if missing := sum(not Path(label).is_file() for label in labels):
-        files = f"{missing} of {len(labels)} training images have no label file"
+    if missing := sum(not read.file for read in found):
+        files = f"{missing} of {len(found)} training images have no label file"
         warnings.append(f"{files}, and have no other objects than the teacher's")
     classes = classes_to_add(teacher, data["names"], kinds)
     absent = [name for kind, name in data["names"].items() if kind not in kinds | set(classes.values())]
@@ -160,9 +175,7 @@ def _read(images: Sequence[Path], teacher: YOLO, data: Mapping[str, Any], settin
     return Labelled(own, classes, warnings)
 
 
-def read_labels(
-    images: Sequence[Path], task: str, data: Mapping[str, Any], single_class: bool
-) -> list[tuple[Path, Own | None, Any, Any, str]]:
+def read_labels(images: Sequence[Path], task: str, data: Mapping[str, Any], single_class: bool) -> list[Read]:
     """Read the labels of images by Ultralytics' rules.
 
     Args:
@@ -170,21 +183,17 @@ def read_labels(
         task: The task that they are labelled for.
         data: The data set.
         single_class: Whether all classes are one.
-
-    Returns:
-        For each image: its path; its labels, None if it cannot be used; their classes and boxes [N, 5]; their key
-        points [N, K, 3], None in other tasks; and what Ultralytics says about it.
     """
-    points, values = data.get("kpt_shape", (0, 0))
-    rules = task == "pose", len(data["names"]), points, values, single_class
+    rules = task == "pose", len(data["names"]), *data.get("kpt_shape", (0, 0)), single_class
 
-    def read(image: Path, label: str) -> tuple[Path, Own | None, Any, Any, str]:
-        content = Path(label).read_bytes() if Path(label).is_file() else b""
-        usable, rows, _, outlines, key_points, *_, message = verify_image_label((str(image), label, "", *rules))
+    def read(image: Path, label: str) -> Read:
+        file = Path(label).is_file()
+        content = Path(label).read_bytes() if file else b""
+        usable, rows, _, outlines, points, *_, message = verify_image_label((str(image), label, "", *rules))
         if not usable:
-            return image, None, None, None, message
+            return Read(image, file, None, None, None, message)
         boxes = list(corners_of(xywh2xyxy(rows[:, 1:])))
-        return image, Own(content, outlines or boxes, bool(outlines)), rows, key_points, message
+        return Read(image, file, Own(content, outlines or boxes, bool(outlines)), rows, points, message)
 
     labels = img2label_paths(list(map(str, images)))
     with ThreadPoolExecutor(READERS) as threads:

@@ -27,7 +27,7 @@ from yolo_cwd.config import ConfigError, Settings
 from yolo_cwd.pool import complete, store
 from yolo_cwd.pool.images import identity, images_of_data, list_images, with_progress
 from yolo_cwd.pool.labels import MAPS, ROWS, Array, Form
-from yolo_cwd.pool.plan import Plan, as_begun, folder_of, form_of, plan_of
+from yolo_cwd.pool.plan import Plan, folder_of, form_of, plan_of
 from yolo_cwd.run.distributed import first_here_first
 from yolo_cwd.run.files import write_whole
 
@@ -90,7 +90,6 @@ def chosen(settings: Settings, task: str, args: Any) -> Settings:
     if value is None or not settings.labelling:
         return settings
     refuse_maps(settings, task)
-    args = as_begun(args)
     if not args.data:
         raise ConfigError(
             f"pool_precision={value:g}: is measured on the validation images of a data set; give data=, or pool_conf "
@@ -215,12 +214,13 @@ def _measured(plan: Plan, data: Mapping[str, Any], images: Sequence[Path]) -> Cu
 def _truths(images: Sequence[Path], plan: Plan, data: Mapping[str, Any]) -> dict[str, Truth]:
     """Return the labels of each image, of the classes that the training has."""
     args, truths = plan.args, {}
-    for image, own, rows, points, _ in complete.read_labels(images, plan.form.task, data, single_class=False):
-        if own:
-            kept = [i for i, kind in enumerate(rows[:, 0]) if _trained(kind, args)]
-            kinds = rows[kept, 0] * (not args.single_cls)
-            shapes = [own.shapes[i] for i in kept]
-            truths[str(image)] = Truth(kinds, rows[kept, 1:], shapes, points if points is None else points[kept])
+    for read in complete.read_labels(images, plan.form.task, data, single_class=False):
+        if read.own:
+            kept = [i for i, kind in enumerate(read.rows[:, 0]) if _trained(kind, args)]
+            kinds = read.rows[kept, 0] * (not args.single_cls)
+            shapes = [read.own.shapes[i] for i in kept]
+            points = None if read.points is None else read.points[kept]
+            truths[str(read.image)] = Truth(kinds, read.rows[kept, 1:], shapes, points)
     return truths
 
 

@@ -116,7 +116,6 @@ def plan_of(settings: Settings, task: str | None, args: Any) -> tuple[Plan, dict
     Raises:
         ConfigError: If the teacher cannot label for the data.
     """
-    args = as_begun(args)
     if task and "unlabeled" not in settings.labelling:
         return _plan_without_labels(settings, task, args)
     with first_here_first():

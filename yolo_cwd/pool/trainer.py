@@ -10,6 +10,7 @@ import torch
 
 from yolo_cwd.config import Settings, unusable_data
 from yolo_cwd.pool import complete, confidence, store
+from yolo_cwd.pool.plan import as_begun
 from yolo_cwd.pool.weight import PoolWeight
 from yolo_cwd.run import distributed
 from yolo_cwd.run.resumable import ResumableTrainer
@@ -31,6 +32,7 @@ class PooledTrainer(ResumableTrainer):
 
     def label_pool(self, args: Any) -> store.Pool | None:
         """Let the teacher label the images of `unlabeled`, and complete the labels of the others."""
+        args = as_begun(args)
         settings = confidence.chosen(self.cwd, self.task.name, args)
         pool = complete.prepare(settings, self.task.name, args)
         gc.collect()  # the teacher with its head

@@ -25,7 +25,7 @@ from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.pool import complete, confidence, store
 from yolo_cwd.pool.images import evenly, images_of_data, list_images
 from yolo_cwd.pool.labels import MAPS
-from yolo_cwd.pool.plan import whole_teacher
+from yolo_cwd.pool.plan import as_begun, whole_teacher
 from yolo_cwd.study.advice import WIDTH
 
 SHEET = 9  # images that are drawn with their labels
@@ -55,7 +55,7 @@ def run(words: dict[str, Any]) -> store.Pool:
     load_teacher(settings.teacher, settings.trust_teacher)
     teacher = whole_teacher(settings, arguments.get("task"))
     data = digits.resolve(arguments.get("data"), teacher.task)
-    args = get_cfg(DEFAULT_CFG_DICT, {**arguments, "data": data, "task": teacher.task})
+    args = as_begun(get_cfg(DEFAULT_CFG_DICT, {**arguments, "data": data, "task": teacher.task}))
     settings = confidence.chosen(settings, teacher.task, args)
     pool = complete.prepare(settings, teacher.task, args)
     names = check_det_dataset(str(pool.data))["names"] if settings.unlabeled else dict(enumerate(pool.found.objects))

@@ -158,7 +158,19 @@ def test_a_reader_that_stays_is_not_waited_for_for_ever(
     with pytest.raises(PermissionError):
         write_whole(tmp_path / "file", "new")
     assert files.PATIENCE <= attempts[-1] < files.PATIENCE + 1
-    assert (tmp_path / "file").read_text(encoding="utf-8") == "old"
+    assert {f.name: f.read_text(encoding="utf-8") for f in tmp_path.iterdir()} == {"file": "old"}
+
+
+def test_what_a_kill_has_left_goes_and_what_is_the_users_stays(tmp_path: Path) -> None:
+    """A checkpoint may have been moved anywhere, such as into the user's home or a repository."""
+    ours = ".cwd.pt.123", ".last.pt.7", ".epoch12.pt.4567"
+    theirs = ".git/config", ".ssh/id", ".env", ".env.1", ".last.pt", ".pt.1", "last.pt", "cwd.pt", "x.pt.1"
+    for name in (*ours, *theirs, ".unfinished/last.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    files.remove_leftovers(tmp_path)
+    assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()) == sorted(theirs)
+    assert not (tmp_path / ".unfinished").exists()
 
 
 def _opened_without_encoding(tree: ast.AST) -> Iterator[int]:

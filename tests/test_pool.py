@@ -329,6 +329,8 @@ def test_labelling_that_is_cut_off_goes_on(
     assert len(first) == 4
     assert sorted(first + done) == sorted(file.name for file in pictures.rglob("*.jpg"))
     assert not [file for file in pool.folder.rglob("*") if file.name.startswith(("tmp", "."))]
+    still_open = [file.readlink() for file in Path("/proc/self/fd").glob("*") if file.is_symlink()]
+    assert not [file for file in still_open if pool.folder in file.parents], "Windows removes no open file"
 
 
 def test_labels_that_are_there_are_used_again(

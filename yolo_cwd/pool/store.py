@@ -49,7 +49,7 @@ from yolo_cwd.pool.images import (
 from yolo_cwd.pool.labels import MAPS, NOTHING, Form, label_of, no_label, painted
 from yolo_cwd.pool.plan import Plan, changed, plan_of, shown
 from yolo_cwd.run.distributed import first_here_first
-from yolo_cwd.run.files import put, write_whole
+from yolo_cwd.run.files import put, unfinished_name, write_whole
 from yolo_cwd.run.refusal import disk_is_full
 from yolo_cwd.run.request import data_of
 
@@ -369,16 +369,14 @@ def predictions(plan: Plan, images: Sequence[str]) -> Iterator[Any]:
     assert plan.teacher is not None
     conf = min(settings.pool_conf, settings.pool_unsure)
     asked_for = set(images)
-    listing = Path(tempfile.mkstemp(suffix=".txt", dir=plan.folder)[1])  # Ultralytics loads a list all at once
-    try:
+    with tempfile.TemporaryDirectory(dir=plan.folder) as passing:
+        listing = Path(passing) / "images.txt"
         listing.write_text("\n".join(images), encoding=locale.getpreferredencoding(False))  # as it is read
         batch = args.batch if args.batch >= 1 else DEFAULT_CFG.batch  # one below 1 is estimated later, for the training
         asked = {"conf": conf, "imgsz": args.imgsz, "batch": batch, "device": _device(args.device)}
         for result in plan.teacher.predict(str(listing), stream=True, verbose=False, save=False, **asked):
             if result.path in asked_for:
                 yield result
-    finally:
-        listing.unlink(missing_ok=True)
 
 
 def _device(device: Any) -> torch.device | str | None:
@@ -430,7 +428,7 @@ def _present(source: Path, image: Path) -> None:
         if not cut_off(source):
             os.link(source.resolve(), image)  # not to a link, which might point elsewhere from here
             return
-    unfinished = image.with_name(f".{image.name}.{os.getpid()}")
+    unfinished = unfinished_name(image)
     shutil.copyfile(source, unfinished)
     put(unfinished, image)
 

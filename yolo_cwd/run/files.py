@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +18,18 @@ from ultralytics.engine import trainer as ultralytics_trainer
 from yolo_cwd.run.shared import SharedChange
 
 PATIENCE = 2.0  # seconds to wait until a reader closes a file: Windows refuses to replace an open one
+CHECKPOINTS = ".unfinished"  # the folder in which checkpoints are written
+LEFTOVER = re.compile(r"\.[^.]+\.pt\.\d+")  # a checkpoint or state of ours that a kill has kept from its name
+
+
+def unfinished_name(file: Path) -> Path:
+    """Return the path under which a process writes a file, beside its place."""
+    return file.with_name(f".{file.name}.{os.getpid()}")
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file so that nobody ever sees a part of it, even after a kill."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished = unfinished_name(file)
     unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     put(unfinished, file)
 
@@ -37,6 +45,7 @@ def put(unfinished: Path, file: Path) -> None:
             return
         except PermissionError:
             if time.monotonic() > deadline:
+                unfinished.unlink()
                 raise
             time.sleep(0.05)
 
@@ -48,7 +57,7 @@ def checkpoints_written_whole(trainer: Any) -> Iterator[None]:
     `last.pt` is moved last.
     """
     folder, last, best = trainer.wdir, trainer.last, trainer.best
-    unfinished = folder / ".unfinished"
+    unfinished = folder / CHECKPOINTS
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a kill
     unfinished.mkdir(parents=True)
     trainer.wdir, trainer.last, trainer.best = unfinished, unfinished / last.name, unfinished / best.name
@@ -78,7 +87,7 @@ def _strip_whole() -> Callable[[], None]:
     strip = ultralytics_trainer.strip_optimizer
 
     def strip_whole(file: Path, s: str = "", updates: dict[str, Any] | None = None) -> Any:
-        unfinished = file.with_name(f".{file.name}")
+        unfinished = unfinished_name(file)
         shutil.copyfile(file, unfinished)
         stripped = strip(_Aside(unfinished, file), s, updates)
         put(unfinished, file)
@@ -96,9 +105,11 @@ optimizers_stripped_whole = SharedChange(_strip_whole)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that a kill has left in a folder."""
-    for leftover in folder.glob(".*"):
-        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    """Remove what a kill has left of checkpoints in a folder, and nothing else: it may be any folder of the user's."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    for file in folder.iterdir():
+        if LEFTOVER.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def drop_rows_after(table: Path, epoch: int) -> None:

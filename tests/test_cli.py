@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -413,6 +414,32 @@ def test_a_fault_during_training_is_not_called_bad_input(data: str, tmp_path: Pa
     monkeypatch.setattr("yolo_cwd.method.loss.channel_wise_divergence", fail)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main(["train", f"teacher={TEACHER}", f"student={STUDENT}", f"data={data}", *SHORT, f"project={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"share": 2, "cwd": 10}, "share=2 needs cwd=balanced"),
+        ({"cwd_final": 0.5, "schedule": "constant"}, "cwd_final=0.5 needs schedule=cosine"),
+        (
+            {"pool_conf": 0.5, "pool_ratio": 2},
+            "pool_conf=0.5 needs labels by the teacher: unlabeled= or complete_labels=True; pool_ratio=2 needs ",
+        ),
+        (
+            {"pool_precision": 0.9, "unlabeled": "x", "pool_weight": 0},
+            "pool_precision=0.9 needs labels by the teacher: ",
+        ),
+        ({"complete_labels": True, "pool_conf": 0.5, "pool_classes": "known"}, "pool_classes=known needs unlabeled="),
+        ({"share": 2, "pool_conf": 0.3, "cwd_final": 0.5}, None),
+        ({"pool_conf": 0.5, "pool_ratio": 2, "pool_weight": 0.5, "pool_classes": "known", "unlabeled": "x"}, None),
+    ],
+)
+def test_options_without_effect_are_told(
+    options: dict[str, Any], said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    read({}, {"teacher": "t.pt", "student": "s.pt", "data": "d.yaml", **options})
+    told = [record.message for record in caplog.records if "without effect: " in record.message]
+    assert [said in message for message in told] == [True] * bool(said)
 
 
 def test_the_home_folder_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -15,6 +15,8 @@ from ultralytics.utils.files import get_latest_run
 from ultralytics.utils.torch_utils import parse_device
 
 from yolo_cwd.config import (
+    BALANCED,
+    OPTIONS,
     ConfigError,
     Settings,
     check_names,
@@ -30,6 +32,16 @@ from yolo_cwd.tasks import ALL, Task, task_of_student
 
 EXTRA_ARGUMENTS = {"augmentations", "save_dir"}  # training arguments that Ultralytics takes without a default
 REPLACEABLE = {"teacher", "trust_teacher", "teacher_forward"}  # options that may change when a run resumes
+Need = tuple[str, Callable[[Settings], Any]]
+NEEDS: dict[str, Need] = {  # what an option has no effect without, and whether it is there
+    "share": (f"cwd={BALANCED}", lambda settings: settings.balanced),
+    "cwd_final": ("schedule=cosine", lambda settings: settings.schedule != "constant"),
+    **dict.fromkeys(
+        ("pool_conf", "pool_unsure", "pool_precision"),
+        ("labels by the teacher: unlabeled= or complete_labels=True", lambda settings: settings.labelling),
+    ),
+    **dict.fromkeys(("pool_ratio", "pool_weight", "pool_classes"), ("unlabeled=", lambda settings: settings.unlabeled)),
+}
 
 
 class Request(NamedTuple):
@@ -82,9 +94,18 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
         arguments["model"] = student_path(student, model, base["model"])
         state = RunState({})
     settings = Settings.parse(options)
+    warn_of_idle(options, settings)
     args = get_cfg(base, {**arguments})
     refuse_unsupported(args)
     return Request(base, arguments, args, options, settings, state)
+
+
+def warn_of_idle(options: Mapping[str, Any], settings: Settings) -> None:
+    """Say which of the given options have no effect, because another one is missing."""
+    given = [name for name in NEEDS if options.get(name, OPTIONS[name].default) != OPTIONS[name].default]
+    idle = [f"{name}={options[name]} needs {NEEDS[name][0]}" for name in given if not NEEDS[name][1](settings)]
+    if idle:
+        LOGGER.warning(f"{colorstr('CWD:')} options without effect: {'; '.join(idle)}")
 
 
 def task_of(cfg: Any, overrides: dict[str, Any]) -> Task:

@@ -1391,6 +1391,22 @@ def test_the_weight_is_that_of_the_training(
     assert torch.equal(loss[: len(expected)], expected)
 
 
+def test_a_compiled_step_weighs_the_images_of_the_pool(
+    train: Callable[..., CWDTrainer],
+    teachers: dict[str, str],
+    sets: dict[str, str],
+    pictures: Path,
+    traced: list[Any],
+) -> None:
+    words = {"teacher": teachers["detect"], "unlabeled": str(pictures), "pool_weight": 0.5, "batch": 13, **POOL}
+    runs = [train(data=sets["detect"], epochs=1, lr0=1e-7, compile=on, **words) for on in (False, True)]
+    assert [hasattr(run.model, "_orig_mod") for run in runs] == [False, True]
+    assert traced
+    eager, compiled = (results(run)[0] for run in runs)
+    for name in ("train/box_loss", "train/cls_loss", "train/cwd_loss"):
+        assert compiled[name] == pytest.approx(eager[name], rel=0.1), name
+
+
 def test_completed_labels_count_fully(
     train: Callable[..., CWDTrainer], teachers: dict[str, str], pictures: Path, tmp_path: Path
 ) -> None:

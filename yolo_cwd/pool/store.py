@@ -49,7 +49,7 @@ from yolo_cwd.pool.images import (
 from yolo_cwd.pool.labels import MAPS, NOTHING, Form, label_of, no_label, painted
 from yolo_cwd.pool.plan import Plan, changed, plan_of, shown
 from yolo_cwd.run.distributed import first_here_first
-from yolo_cwd.run.files import put, unfinished_name, write_whole
+from yolo_cwd.run.files import write_whole, written_whole
 from yolo_cwd.run.refusal import disk_is_full
 from yolo_cwd.run.request import data_of
 
@@ -428,9 +428,8 @@ def _present(source: Path, image: Path) -> None:
         if not cut_off(source):
             os.link(source.resolve(), image)  # not to a link, which might point elsewhere from here
             return
-    unfinished = unfinished_name(image)
-    shutil.copyfile(source, unfinished)
-    put(unfinished, image)
+    with written_whole(image) as unfinished:
+        shutil.copyfile(source, unfinished)
 
 
 def _told(found: Found, plan: Plan) -> str:

@@ -22,16 +22,21 @@ CHECKPOINTS = ".unfinished"  # the folder in which checkpoints are written
 LEFTOVER = re.compile(r"\.[^.]+\.pt\.\d+")  # a checkpoint or state of ours that a kill has kept from its name
 
 
-def unfinished_name(file: Path) -> Path:
-    """Return the path under which a process writes a file, beside its place."""
-    return file.with_name(f".{file.name}.{os.getpid()}")
+@contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """Yield the path to write a file at, beside its place; then give it its name, or remove it if that fails."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield unfinished
+        put(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file so that nobody ever sees a part of it, even after a kill."""
-    unfinished = unfinished_name(file)
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    put(unfinished, file)
+    with written_whole(file) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def put(unfinished: Path, file: Path) -> None:
@@ -45,7 +50,6 @@ def put(unfinished: Path, file: Path) -> None:
             return
         except PermissionError:
             if time.monotonic() > deadline:
-                unfinished.unlink()
                 raise
             time.sleep(0.05)
 
@@ -87,11 +91,9 @@ def _strip_whole() -> Callable[[], None]:
     strip = ultralytics_trainer.strip_optimizer
 
     def strip_whole(file: Path, s: str = "", updates: dict[str, Any] | None = None) -> Any:
-        unfinished = unfinished_name(file)
-        shutil.copyfile(file, unfinished)
-        stripped = strip(_Aside(unfinished, file), s, updates)
-        put(unfinished, file)
-        return stripped
+        with written_whole(file) as unfinished:
+            shutil.copyfile(file, unfinished)
+            return strip(_Aside(unfinished, file), s, updates)
 
     def undo() -> None:
         ultralytics_trainer.strip_optimizer = strip

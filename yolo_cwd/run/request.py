@@ -94,18 +94,10 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
         arguments["model"] = student_path(student, model, base["model"])
         state = RunState({})
     settings = Settings.parse(options)
-    warn_of_idle(options, settings)
+    _warn_of_idle(options, settings)
     args = get_cfg(base, {**arguments})
     refuse_unsupported(args)
     return Request(base, arguments, args, options, settings, state)
-
-
-def warn_of_idle(options: Mapping[str, Any], settings: Settings) -> None:
-    """Say which of the given options have no effect, because another one is missing."""
-    given = [name for name in NEEDS if options.get(name, OPTIONS[name].default) != OPTIONS[name].default]
-    idle = [f"{name}={options[name]} needs {NEEDS[name][0]}" for name in given if not NEEDS[name][1](settings)]
-    if idle:
-        LOGGER.warning(f"{colorstr('CWD:')} options without effect: {'; '.join(idle)}")
 
 
 def task_of(cfg: Any, overrides: dict[str, Any]) -> Task:
@@ -246,6 +238,17 @@ def refuse_unsupported(args: Any) -> None:
     for name, refused, reason in refusals:
         if refused:
             raise ConfigError(f"{name}={getattr(args, name)}: {reason}")
+
+
+def _warn_of_idle(options: Mapping[str, Any], settings: Settings) -> None:
+    """Say which of the given options have no effect, because another one is missing."""
+    idle = [
+        f"{name}={options[name]} needs {need}"
+        for name, (need, is_there) in NEEDS.items()
+        if name in options and options[name] != OPTIONS[name].default and not is_there(settings)
+    ]
+    if idle:
+        LOGGER.warning(f"{colorstr('CWD:')} options without effect: {'; '.join(idle)}")
 
 
 def _go_on_or_begin(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -167,6 +167,23 @@ def test_arms_and_seeds_are_added_to_a_comparison(words: dict[str, Any], monkeyp
     assert summary["comparison"]["seeds"] == [0, 1, 4]
 
 
+def test_a_comparison_goes_on_with_the_same_files_by_other_paths(
+    words: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "train_arm", lambda comparison, arm, seed: result(arm.name, seed, 0.1))
+    shutil.copy(words["teacher"], tmp_path / "near.pt")
+    arms = tmp_path / "arms.yaml"
+    arms.write_text(yaml.safe_dump({"plain": {}, "cwd": {"teacher": str(tmp_path / "near.pt")}}))
+    words = {**words, "arms": str(arms), "teacher": str(tmp_path / "near.pt")}
+    compare.run(words)
+    monkeypatch.chdir(tmp_path)
+    arms.write_text(yaml.safe_dump({"plain": {}, "cwd": {"teacher": "near.pt"}}))
+    compare.run({**words, "teacher": "near.pt"})
+    shutil.copy("near.pt", "other.pt")
+    with pytest.raises(ConfigError, match="holds a comparison with other teacher; give another folder="):
+        compare.run({**words, "teacher": "other.pt"})
+
+
 @pytest.mark.parametrize(
     ("change", "differing"),
     [

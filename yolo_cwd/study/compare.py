@@ -334,8 +334,20 @@ def _claim_folder(comparison: Comparison) -> None:
 def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Return the names of what differs between two records, except arms and seeds that only one of them has."""
     here, there = ({**r["arguments"], "teacher": r["teacher"], "split": r["split"]} for r in (ours, theirs))
-    arms = [f"arm {arm}" for arm in ours["arms"].keys() & theirs["arms"] if ours["arms"][arm] != theirs["arms"][arm]]
-    return sorted(n for n in here | there if n not in here.keys() & there or here[n] != there[n]) + sorted(arms)
+    both = ours["arms"].keys() & theirs["arms"]
+    arms = [f"arm {arm}" for arm in both if not _same(ours["arms"][arm], theirs["arms"][arm])]
+    values = [name for name in here | there if name not in here.keys() & there or not _same(here[name], there[name])]
+    return sorted(values) + sorted(arms)
+
+
+def _same(here: Any, there: Any) -> bool:
+    """Return whether two values are equal, or name the same file, as `a.pt` and `/runs/a.pt` may."""
+    if isinstance(here, dict) and isinstance(there, dict):
+        return here.keys() == there.keys() and all(_same(here[key], there[key]) for key in here)
+    try:
+        return here == there or Path(here).samefile(there)
+    except (OSError, TypeError):
+        return False
 
 
 @contextmanager

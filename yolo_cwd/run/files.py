@@ -116,9 +116,11 @@ def remove_leftovers(folder: Path) -> None:
 
 def drop_rows_after(table: Path, epoch: int) -> None:
     """Drop the rows of a `results.csv` that belong to a later epoch (counted from 1) or that a kill has torn."""
-    if not table.exists():
+    lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+    if not lines:  # emptied by a power cut, perhaps: Ultralytics writes the header into a new file alone
+        table.unlink(missing_ok=True)
         return
-    header, *rows = table.read_text(encoding="utf-8").splitlines()
+    header, *rows = lines
     epochs = [row.split(",")[0].strip() if row.count(",") == header.count(",") else "" for row in rows]
     kept = [row for row, e in zip(rows, epochs, strict=True) if e.isdecimal() and int(e) <= epoch]
     write_whole(table, "\n".join([header, *kept]) + "\n")

@@ -201,6 +201,7 @@ def test_what_cannot_be_added_to_a_comparison(
     if "arms" in change:
         (tmp_path / "arms.yaml").write_text(yaml.safe_dump(change["arms"]))
         change = {"arms": str(tmp_path / "arms.yaml")}
+    monkeypatch.setattr(compare, "rehearse", lambda comparison: pytest.fail("has taken time"))
     with pytest.raises(ConfigError, match=f"holds a comparison with other {differing}; give another folder="):
         compare.run({**words, "arms": "plain,cwd", **change})
     assert (Path(words["folder"]) / "comparison.yaml").read_text() == before

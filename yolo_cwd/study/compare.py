@@ -275,6 +275,7 @@ def run(words: dict[str, Any]) -> dict[str, Any]:
     comparison = Comparison.parse(words)
     comparison.arguments["data"] = digits.resolve(comparison.arguments["data"], comparison.task.name)
     classes = classes_of_data(comparison.arguments, comparison.split, comparison.task)
+    _merged_record(comparison)  # refuses another comparison's folder before anything takes time
     rehearse(comparison)
     _claim_folder(comparison)
     score_teacher(comparison, classes)
@@ -319,16 +320,26 @@ def _claim_folder(comparison: Comparison) -> None:
             (comparison.folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(error, "folder", comparison.folder) from error
-    file, ours = comparison.folder / RECORD, json.loads(json.dumps(comparison.record()))
     with _locked(comparison, "comparison", wait=True):
-        if file.exists():
-            theirs = yaml.safe_load(file.read_text(encoding="utf-8"))
-            if differing := _differences(ours, theirs):
-                reason = f"folder={comparison.folder}: holds a comparison with other {', '.join(differing)}"
-                raise ConfigError(f"{reason}; give another folder=")
-            ours["arms"] = theirs["arms"] | ours["arms"]
-            ours["seeds"] = [*theirs["seeds"], *(seed for seed in ours["seeds"] if seed not in theirs["seeds"])]
-        write_whole(file, yaml.safe_dump(ours, sort_keys=False))
+        write_whole(comparison.folder / RECORD, yaml.safe_dump(_merged_record(comparison), sort_keys=False))
+
+
+def _merged_record(comparison: Comparison) -> dict[str, Any]:
+    """Return the record of a comparison, with the arms and seeds that its folder has already.
+
+    Raises:
+        ConfigError: If the folder holds another comparison.
+    """
+    file = comparison.folder / RECORD
+    ours: dict[str, Any] = json.loads(json.dumps(comparison.record()))
+    if not file.exists():
+        return ours
+    theirs = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if differing := _differences(ours, theirs):
+        reason = f"folder={comparison.folder}: holds a comparison with other {', '.join(differing)}"
+        raise ConfigError(f"{reason}; give another folder=")
+    seeds = [*theirs["seeds"], *(seed for seed in ours["seeds"] if seed not in theirs["seeds"])]
+    return {**ours, "arms": theirs["arms"] | ours["arms"], "seeds": seeds}
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

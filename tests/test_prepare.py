@@ -41,6 +41,19 @@ def test_equals_ridge_regression_of_scikit_learn() -> None:
     assert explained == pytest.approx(1 - ((expected.predict(x.numpy()) - y.numpy()) ** 2).sum() / (y**2).sum().item())
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_sums_over_many_positions_do_not_overflow_in_mixed_precision(half: torch.dtype) -> None:
+    student, teacher = maps(1, 3, 300, 300, seed=1), maps(1, 3, 300, 300, seed=2)  # 90,000 positions of variance 1
+    found = []
+    for mixed in (False, True):
+        regression = Regression()
+        with torch.autocast("cpu", half, enabled=mixed):
+            regression.add(student, teacher)
+        found.append(regression.solve())
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
 def test_fitting_leaves_no_trace_in_the_student() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     model[1].train()

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_cwd import CWDTrainer
-from yolo_cwd.method.prepare import measure
+from yolo_cwd.config import ConfigError
+from yolo_cwd.method.prepare import Regression, autocast_of, measure
 from yolo_cwd.method.teacher import Teacher
 from yolo_cwd.run.state import FILE, load_state
 
@@ -147,6 +149,25 @@ def test_an_interrupt_while_adapters_are_fitted_leaves_no_folder(
     with pytest.raises(KeyboardInterrupt):
         train(model=student, adapter="fitted")
     assert not (tmp_path / "runs").exists()
+
+
+def test_adapters_without_a_fit_are_refused(
+    train: Train, tmp_path: Path, student: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solve = Regression.solve
+    monkeypatch.setattr(Regression, "solve", lambda self: (solve(self)[0] / 0, 0.0))
+    with pytest.raises(ConfigError, match="adapter=fitted: the maps of student or teacher at P3 are not finite"):
+        train(model=student, adapter="fitted")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("amp", "expected"), [(True, True), (False, False), ("bf16", torch.bfloat16)])
+def test_fitting_has_the_mixed_precision_of_the_training(
+    amp: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = SimpleNamespace(args=SimpleNamespace(amp=amp), amp=bool(amp), device=torch.device("cuda"))
+    monkeypatch.setattr("yolo_cwd.method.prepare.autocast", lambda enabled, device: (enabled, device))
+    assert autocast_of(trainer) == (expected, "cuda")
 
 
 def test_a_resumed_run_goes_on_with_its_rule_and_its_measurements(train: Train, tmp_path: Path, student: str) -> None:

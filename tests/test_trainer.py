@@ -203,13 +203,23 @@ def test_a_teacher_that_breaks_does_not_break_the_student(
     monkeypatch.setattr("ultralytics.utils.LOGGER.propagate", True)
 
     def overflow(trainer: CWDTrainer) -> None:
-        trainer.teacher.register_forward_hook(lambda module, images, maps: [m / 0 for m in maps])
+        if trainer.epoch == 1:
+            trainer.teacher.register_forward_hook(lambda module, images, maps: [m / 0 for m in maps])
 
-    trainer = train(epochs=2, callbacks={"on_train_start": overflow})
+    trainer = train(epochs=3, callbacks={"on_train_epoch_start": overflow})
     assert all(p.isfinite().all() for p in trainer.model.parameters())
-    assert all(row["train/cwd_loss"] == 0 < row["train/box_loss"] for row in rows(trainer))
+    assert all(row["train/box_loss"] > 0 for row in rows(trainer))
+    assert [row["train/cwd_loss"] == 0 for row in rows(trainer)] == [False, True, True]
     message = "6 terms of this epoch were not finite and have been left out"  # 2 batches of 3 levels
     assert len({record.created for record in caplog.records if message in record.getMessage()}) == 2
+
+
+def test_a_teacher_that_is_broken_from_the_start_stops_the_training(train: Train) -> None:
+    def overflow(trainer: CWDTrainer) -> None:
+        trainer.teacher.register_forward_hook(lambda module, images, maps: [m / 0 for m in maps])
+
+    with pytest.raises(ConfigError, match="teaches nothing, since no divergence so far is finite; give amp=False"):
+        train(epochs=9, callbacks={"on_train_start": overflow})
 
 
 def test_out_of_memory_is_retried_with_half_the_batch(train: Train) -> None:

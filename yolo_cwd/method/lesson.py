@@ -18,6 +18,7 @@ class LessonWatch:
     def __init__(self, trainer: Any) -> None:
         """Begin to watch over a `DistillingTrainer`."""
         self._batches = 0
+        self._dropped = 0  # terms, in complete epochs
         trainer.add_callback("on_train_batch_end", self.require)
         trainer.add_callback("on_train_epoch_end", self.report_dropped_terms)
 
@@ -25,7 +26,7 @@ class LessonWatch:
         """Stop a training that is not taught, after a few batches.
 
         Raises:
-            ConfigError: If no divergence was computed, none reached the student, or all were 0 or had no weight.
+            ConfigError: If no divergence was computed, reached the student, or was finite and above 0 with a weight.
         """
         criterion, teacher = trainer.criterion, trainer.teacher.argument
         self._batches += bool(criterion.weight)
@@ -43,12 +44,14 @@ class LessonWatch:
                 f"pool_weight=0: {teacher} teaches nothing, since no batch so far had an image with labels to measure "
                 "its strength by; give pool_ratio=20, or a larger batch"
             )
-        if not criterion.dropped and not any(criterion.columns["nats"].values()):
+        if (dropped := self._dropped + int(criterion.dropped)) == criterion.taught * len(criterion.meter.names):
+            raise ConfigError(f"{teacher}: teaches nothing, since no divergence so far is finite; give amp=False")
+        if not dropped and not any(criterion.columns["nats"].values()):
             raise ConfigError(f"tau={trainer.cwd.tau:g}: {teacher} teaches nothing, every divergence is 0; use tau=1")
 
-    @staticmethod
-    def report_dropped_terms(trainer: Any) -> None:
+    def report_dropped_terms(self, trainer: Any) -> None:
         """Warn of terms that were not finite in this epoch."""
         if dropped := int(trainer.criterion.dropped):
             LOGGER.warning(f"{colorstr('CWD:')} {dropped} terms of this epoch were not finite and have been left out")
             trainer.criterion.dropped = 0
+            self._dropped += dropped

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ultralytics.utils import LOCAL_RANK, RANK
 from ultralytics.utils.torch_utils import autocast, unwrap_model
 
+from yolo_cwd.config import ConfigError
 from yolo_cwd.method.fpn import modes_untouched, student_scores
 from yolo_cwd.method.loss import CWDLoss
 from yolo_cwd.method.teacher import Teacher
@@ -59,7 +60,7 @@ def prepare(trainer: Any, criterion: CWDLoss) -> list[float]:
     """
     parts = criterion, unwrap_model(trainer.model), trainer.teacher
     explained: list[float] = []
-    with random_numbers_untouched(), autocast(trainer.amp, device=trainer.device.type):
+    with random_numbers_untouched(), autocast_of(trainer):
         batches = _training_batches(trainer)
         if trainer.cwd.adapter == "fitted":
             explained = fit(*parts, islice(batches, FITTED))
@@ -69,6 +70,11 @@ def prepare(trainer: Any, criterion: CWDLoss) -> list[float]:
                 measure(*parts, next(batches))
                 done += 1
     return explained
+
+
+def autocast_of(trainer: Any) -> Any:
+    """Return the mixed precision that Ultralytics has a trainer's steps run in, as a context manager."""
+    return autocast(torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp, device=trainer.device.type)
 
 
 def _training_batches(trainer: Any) -> Iterator[dict[str, Any]]:
@@ -90,9 +96,13 @@ class Regression:
         self._sums: list[Tensor] = []
 
     def add(self, student: Tensor, teacher: Tensor) -> None:
-        """Add maps of the same images: [N, C, H, W] from the student and [N, D, H, W] from the teacher."""
+        """Add maps of the same images: [N, C, H, W] from the student and [N, D, H, W] from the teacher.
+
+        In float32 whatever the autocast around it: sums over all positions are too large for float16.
+        """
         s, t = _centred(student), _centred(teacher)  # [NHW, C], [NHW, D]
-        new = [s.T @ s, s.T @ t, t.square().sum()]
+        with torch.autocast(s.device.type, enabled=False):
+            new = [s.T @ s, s.T @ t, t.square().sum()]
         self._sums = [a + b for a, b in zip(self._sums, new, strict=True)] if self._sums else new
 
     def solve(self) -> tuple[Tensor, float]:
@@ -124,6 +134,9 @@ def fit(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batches: Itera
 
     Returns:
         The share of the teacher's variance, at most 1, that the adapter of each level explains.
+
+    Raises:
+        ConfigError: If there is no fit, since maps are not finite.
     """
     regressions = [Regression() for _ in criterion.levels]
     with statistics_untouched(student):
@@ -132,8 +145,13 @@ def fit(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batches: Itera
             for regression, level in zip(regressions, criterion.levels, strict=True):
                 regression.add(features[level.student_index], pyramid[level.teacher_index])
     explained = []
-    for adapter, regression in zip(criterion.adapters, regressions, strict=True):
+    for adapter, regression, level in zip(criterion.adapters, regressions, criterion.levels, strict=True):
         weights, share = regression.solve()
+        if not weights.isfinite().all():
+            raise ConfigError(
+                f"adapter=fitted: the maps of student or teacher at {level.name} are not finite, so there is no fit; "
+                "give amp=False, or another student"
+            )
         adapter.get_parameter("weight").copy_(weights[:, :, None, None])
         explained.append(share)
     return explained

@@ -24,10 +24,11 @@ import psutil
 import torch
 import yaml
 from ultralytics import YOLO
-from ultralytics.utils.torch_utils import autocast, get_flops, parse_device, unwrap_model
+from ultralytics.utils.torch_utils import get_flops, parse_device, unwrap_model
 
 from yolo_cwd import digits
 from yolo_cwd.config import ConfigError
+from yolo_cwd.method.prepare import autocast_of
 from yolo_cwd.method.teacher import wait_for
 from yolo_cwd.pool import complete, confidence, store
 from yolo_cwd.pool.images import Survey
@@ -246,7 +247,7 @@ def _step(trainer: CWDTrainer, raw: dict[str, Any]) -> float:
     wait_for(trainer.device)
     begin = time.perf_counter()
     trainer._batches = 0  # distil this batch, whatever cwd_every is
-    with autocast(torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp, device=trainer.device.type):
+    with autocast_of(trainer):
         loss, _ = trainer.model(trainer.preprocess_batch(dict(raw)))
     trainer.scaler.scale(loss.sum()).backward()
     trainer.optimizer_step()

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -178,6 +179,38 @@ def test_a_resumed_run_goes_on_with_its_rule_and_its_measurements(train: Train, 
     assert trainer.cwd.balanced
     assert seen[0] == [pytest.approx(row) for row in kept]
     assert trainer.explained == [], "fitted once"
+
+
+def test_a_term_that_a_resumed_run_had_not_is_measured(
+    train: Train, tmp_path: Path, student: str, teacher: DetectionModel
+) -> None:
+    """The teacher is replaced by one that knows the classes of the data: class maps are added."""
+    for name, names in {"first": {i: f"thing {i}" for i in range(6)}, "second": teacher.names}.items():
+        model = YOLO(STUDENT)
+        model.model = deepcopy(teacher)
+        model.model.names = names
+        model.save(tmp_path / f"{name}.pt")
+    options = {"cwd": "balanced", "epochs": 3, "model": student}
+    last = interrupted(train, tmp_path, 1, teacher=str(tmp_path / "first.pt"), **options)
+    kept = load_state(last).epochs[0]["measured"]
+    seen: list[Any] = []
+    trainer = resume(
+        last,
+        {"on_train_start": lambda t: seen.append(t.criterion.meter.means.tolist())},
+        teacher=str(tmp_path / "second.pt"),
+    )
+    assert seen == [[*(pytest.approx(row) for row in kept), [0, 0]]]
+    rows = table(trainer)[1:]
+    assert [row[f"train/{name}_share"] > 0.05 for row in rows for name in ("P3", "P4", "P5", "classmap")] == [True] * 8
+
+
+def test_a_term_that_gets_no_gradient_of_the_task_is_told(
+    train: Train, student: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ultralytics.utils.LOGGER.propagate", True)
+    trainer = train(model=student, cwd="balanced", epochs=2, freeze=3)  # up to P3
+    assert trainer.criterion.unknown == ["P3"]
+    assert "P3 cannot be taught so far: no gradient of the task has arrived there" in caplog.text
 
 
 def test_a_run_of_the_first_release_resumes_with_its_rule(train: Train, tmp_path: Path, student: str) -> None:

@@ -103,9 +103,9 @@ class GradientMeter:
         self.means = torch.where(_usable(squares), MOMENTUM * before + (1 - MOMENTUM) * squares, self.means)
 
     def restore(self, means: Sequence[Sequence[float]]) -> None:
-        """Continue from the means of an interrupted run; if it had none, start afresh."""
-        if len(means) == len(self.names):
-            self.means = torch.tensor(means, device=self.means.device)
+        """Continue from the means of an interrupted run, if there are any; class maps, which come last, may be new."""
+        for row, kept in zip(self.means, means, strict=False):
+            row.copy_(torch.tensor(kept))
 
     def begin_epoch(self) -> None:
         """Forget the shares of the last epoch."""

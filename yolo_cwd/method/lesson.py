@@ -7,7 +7,7 @@ from typing import Any
 
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_cwd.config import ConfigError
+from yolo_cwd.config import ConfigError, listed
 
 UNTAUGHT_BATCHES = 3  # after as many, a training that is not taught stops
 
@@ -44,6 +44,9 @@ class LessonWatch:
                 f"pool_weight=0: {teacher} teaches nothing, since no batch so far had an image with labels to measure "
                 "its strength by; give pool_ratio=20, or a larger batch"
             )
+        if unknown := criterion.unknown:
+            reason = "no gradient of the task has arrived there"
+            LOGGER.warning(f"{colorstr('CWD:')} {listed(unknown)} cannot be taught so far: {reason}")
         if (dropped := self._dropped + int(criterion.dropped)) == criterion.taught * len(criterion.meter.names):
             raise ConfigError(f"{teacher}: teaches nothing, since no divergence so far is finite; give amp=False")
         if not dropped and not any(criterion.columns["nats"].values()):

@@ -236,6 +236,12 @@ class CWDLoss:
         return self.weight * self._shares * ratios
 
     @property
+    def unknown(self) -> list[str]:
+        """The balanced terms that should have a weight and have none yet, since nothing is known of their gradients."""
+        waiting = self.balanced & (self._shares > 0) & ~self.meter.means.all(1)
+        return [name for name, waits in zip(self.meter.names, waiting.tolist(), strict=True) if waits]
+
+    @property
     def columns(self) -> dict[str, dict[str, float]]:
         """What happened since the epoch began, by kind and name.
 

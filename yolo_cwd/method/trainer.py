@@ -112,8 +112,8 @@ class DistillingTrainer(PooledTrainer):
         """
         batch = super().preprocess_batch(batch)
         if self.criterion is not None and self.criterion.weight and self._batches % self.cwd.cwd_every == 0:
-            unwatched = self.args.compile and self.cwd.balanced  # what flows inside a compiled graph cannot be watched
-            if unwatched and self._batches == 0:
+            # what flows inside a compiled graph cannot be watched, nor a term without a weight
+            if self._batches == 0 and ((self.args.compile and self.cwd.balanced) or self.criterion.unknown):
                 measure(self.criterion, unwrap_model(self.model), self.teacher, batch)
             batch["lesson"] = self.teacher.lesson(batch["img"])
         self._batches += 1

@@ -5,6 +5,7 @@ For tests of what several processes do together. What a shell or `torchrun` star
 
 import gc
 import importlib
+import json
 import multiprocessing
 import os
 import sys
@@ -81,6 +82,22 @@ def draw(*words: str) -> int:
     pictures.coarse(patch)
     pictures.only_ours(patch)
     return main(*words)
+
+
+def recover(arguments: str) -> None:
+    """Train through a loss that is NaN once, in the second epoch."""
+    import torch
+
+    from yolo_cwd import CWDTrainer
+
+    def poison(trainer: CWDTrainer) -> None:
+        if trainer.epoch == 1 and not trainer.nan_recovery_attempts:
+            trainer.loss = torch.tensor(float("nan"))
+
+    trainer = CWDTrainer(overrides=json.loads(arguments))
+    trainer.add_callback("on_train_epoch_end", poison)
+    trainer.train()
+    print("recovered, up to epoch", trainer.epoch + 1)
 
 
 def use_without_us(best: str, data: str, images: str) -> None:

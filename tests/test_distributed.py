@@ -31,6 +31,7 @@ from ultralytics.utils.dist import find_free_network_port
 from yolo_cwd import CWDTrainer
 from yolo_cwd.method.prepare import choose_precision
 from yolo_cwd.method.teacher import DTYPES, load_teacher
+from yolo_cwd.run.distributed import JointEvaluation
 
 ROOT = Path(__file__).parent.parent
 Record = Callable[[int, str], dict[str, Any]]
@@ -192,6 +193,33 @@ def test_torchrun_trains_as_one_run(models: dict[str, Path], data: str, tmp_path
     ckpt = torch.load(folder / "weights" / "best.pt", weights_only=False)
     assert len(ckpt["train_results"]["epoch"]) == 2
     assert YOLO(folder / "weights" / "best.pt").val(data=data, imgsz=64, plots=False).box.map >= 0
+
+
+def test_all_processes_recover_from_a_nan_loss_and_calibrate_a_depth_model(
+    students: dict[str, Path], sets: dict[str, str], tmp_path: Path
+) -> None:
+    models = {"model": str(students["depth"]), "teacher": str(students["depth"])}
+    arguments = {**WORDS, **models, "data": sets["depth"], "epochs": 3, "project": str(tmp_path), "name": "run"}
+    for ended in together(2, "processes:recover", json.dumps(arguments), cwd=tmp_path):
+        assert ended.code == 0, ended.stderr
+        assert "recovered, up to epoch 3" in ended.stdout
+    assert polars.read_csv(tmp_path / "run" / "results.csv")["epoch"].to_list() == [1, 2, 3]
+    for name in ("best", "last"):
+        file = tmp_path / "run" / "weights" / f"{name}.pt"
+        assert "depth_calibration" in torch.load(file, weights_only=False)
+        load_teacher(str(file))  # the restricted loader takes it: nothing of ours is in it
+
+
+@pytest.mark.parametrize("left", [[], ["last.pt"]])
+def test_processes_end_a_training_without_a_best_checkpoint(
+    left: list[str], models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in left:
+        shutil.copy(models["model"], tmp_path / name)
+    monkeypatch.setattr("yolo_cwd.run.distributed.RANK", 0)
+    trainer: Any = SimpleNamespace(last=tmp_path / "last.pt", best=tmp_path / "best.pt")
+    JointEvaluation.final_eval(trainer)
+    assert [file.name for file in tmp_path.iterdir()] == left
 
 
 def test_the_first_process_draws_the_pictures(models: dict[str, Path], data: str, tmp_path: Path) -> None:

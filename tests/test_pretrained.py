@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import STUDENT, settled
 from test_state import interrupted, resume
 from ultralytics import YOLO
@@ -256,6 +257,36 @@ def test_a_teacher_of_other_classes_shows_none(train: Train, student: str) -> No
     model.names = {0: "cat", 1: "dog"}
     trainer = train(model=student, teacher=model, cwd="balanced")
     assert trainer.criterion.meter.names == ["P3", "P4", "P5"]
+
+
+def test_classes_are_numbered_as_in_the_data_whatever_their_order_there(
+    train: Train, student: str, teacher: DetectionModel, data: str, tmp_path: Path
+) -> None:
+    """The teacher's 7, 0, 3, 9, 1 are the student's classes of these numbers."""
+    described = yaml.safe_load(Path(data).read_text())
+    described["path"] = str(Path(data).parent)
+    described["names"] = {i: str(i) for i in range(9, -1, -1)}
+    (tmp_path / "reversed.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
+    trainer = train(model=student, teacher=teacher, cwd="balanced", data=str(tmp_path / "reversed.yaml"))
+    assert trainer.classes == [0, 1, 3, 7, 9]
+
+
+def test_the_preparation_takes_fewer_images_if_memory_runs_out(
+    train: Train, student: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def measure_few(criterion: Any, model: Any, teacher: Any, batch: dict[str, Any]) -> None:
+        sizes.append(len(batch["img"]))
+        if len(batch["img"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        measure(criterion, model, teacher, batch)
+
+    monkeypatch.setattr("yolo_cwd.method.prepare.measure", measure_few)
+    trainer = train(model=student, cwd="balanced", adapter="fitted")
+    assert sizes == [4, 2, 1, 1]
+    assert trainer.batch_size == 4
+    assert table(trainer)[0]["train/P3_share"] > 0
 
 
 @pytest.mark.parametrize("model", ["yolov10n.yaml", "yolo26n.yaml"])

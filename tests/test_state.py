@@ -54,6 +54,23 @@ def resume(last: Path, callbacks: dict[str, Any] | None = None, **overrides: Any
     return trainer
 
 
+def test_a_run_that_has_moved_goes_on_where_it_is(train: Train, tmp_path: Path) -> None:
+    last = interrupted(train, tmp_path, 1, epochs=3)
+    moved = last.parents[1].rename(tmp_path / "runs" / "moved")
+    trainer = train(name="moved", epochs=3, resume=True)
+    assert trainer.start_epoch == 1
+    assert trainer.save_dir == moved
+    assert [row["epoch"] for row in rows(trainer)] == [1, 2, 3]
+    assert [run.name for run in moved.parent.iterdir()] == ["moved"]
+
+
+def test_a_resumed_run_keeps_its_device(train: Train, tmp_path: Path) -> None:
+    last = interrupted(train, tmp_path, 1, epochs=2)
+    assert CWDTrainer(overrides={"resume": str(last)}).args.device == "cpu", "not the default, which is empty"
+    with pytest.raises(ValueError, match="device=5"):
+        CWDTrainer(overrides={"resume": str(last), "device": "5"})
+
+
 def test_one_command_begins_a_named_run_and_goes_on_with_it(train: Train, tmp_path: Path) -> None:
     last = interrupted(train, tmp_path, 2, epochs=3, resume=True)
     trainer = train(final=True, name="run", epochs=3, resume=True)

@@ -187,6 +187,18 @@ class HeadTap:
         return partial, (dict.get, {})
 
 
+@contextmanager
+def hooks_set_aside(head: nn.Module) -> Iterator[None]:
+    """Leave a head without forward pre-hooks for a while, for a copy of it to have none."""
+    hooks = head._forward_pre_hooks
+    kept = dict(hooks)
+    hooks.clear()
+    try:
+        yield
+    finally:
+        hooks.update(kept)
+
+
 def class_branches(head: nn.Module) -> list[nn.Module]:
     """Return the branches of a head that make its class maps, one for each of its first inputs; none if not logits."""
     if isinstance(head, SemanticSegment):

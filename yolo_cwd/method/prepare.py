@@ -58,10 +58,22 @@ def prepare(trainer: Any, criterion: CWDLoss) -> list[float]:
     Returns:
         What `fit` returns; nothing if the adapters are not fitted.
     """
+    size = trainer.batch_size // max(trainer.world_size, 1)
+    while True:
+        try:
+            return _prepare(trainer, criterion, size)
+        except RuntimeError as error:
+            if RANK != -1 or size < 2 or "out of memory" not in str(error).lower():
+                raise
+        size //= 2  # few images do as well here; if the training needs less too, Ultralytics will find out
+        trainer._clear_memory()
+
+
+def _prepare(trainer: Any, criterion: CWDLoss, size: int) -> list[float]:
     parts = criterion, unwrap_model(trainer.model), trainer.teacher
     explained: list[float] = []
     with random_numbers_untouched(), autocast_of(trainer):
-        batches = _training_batches(trainer)
+        batches = _training_batches(trainer, size)
         if trainer.cwd.adapter == "fitted":
             explained = fit(*parts, islice(batches, FITTED))
         if criterion.balanced.any():
@@ -77,9 +89,9 @@ def autocast_of(trainer: Any) -> Any:
     return autocast(torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp, device=trainer.device.type)
 
 
-def _training_batches(trainer: Any) -> Iterator[dict[str, Any]]:
-    """Yield batches of training images endlessly, from a separate loader in this process."""
-    args, size = trainer.args, trainer.batch_size // max(trainer.world_size, 1)
+def _training_batches(trainer: Any, size: int) -> Iterator[dict[str, Any]]:
+    """Yield batches of so many training images endlessly, from a separate loader in this process."""
+    args = trainer.args
     kept = args.cache, args.workers
     args.cache, args.workers = False, 0
     loader = trainer.get_dataloader(trainer.data["train"], batch_size=size, rank=LOCAL_RANK, mode="train")

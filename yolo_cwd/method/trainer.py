@@ -34,6 +34,7 @@ from yolo_cwd.method.fpn import (
     Level,
     build_adapters,
     class_maps_agree,
+    hooks_set_aside,
     match_levels,
     pyramid_taps,
     student_features,
@@ -160,7 +161,7 @@ class DistillingTrainer(PooledTrainer):
         if self.cwd.cwd:
             self.class_weight = self.cwd.class_share / self.cwd.strength
             if self.class_weight and self._class_maps_agree():
-                self.classes = self.teacher.show_classes(list(self.data["names"].values()))
+                self.classes = self.teacher.show_classes([name for _, name in sorted(self.data["names"].items())])
             self.teacher.settle(self.device, beside=self.cwd.teacher_forward == "stream")
         return checkpoint
 
@@ -245,6 +246,10 @@ class DistillingTrainer(PooledTrainer):
         self.teacher.eval().requires_grad_(False)  # whatever a callback has done to it
         self.criterion.begin_epoch(self.cwd.weight(self.epoch, self.epochs) * self.cwd.cwd_every)
         self._batches = 0
+
+    def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
+        with hooks_set_aside(unwrap_model(self.model).model[-1]):  # the EMA is made anew, as a copy of the student
+            super()._load_checkpoint_state(ckpt)
 
     def measured(self) -> list[list[float]]:
         """Return what the meter has measured, from which a resumed run continues."""

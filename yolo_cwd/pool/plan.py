@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from ultralytics import YOLO
-from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils.checks import check_model_file_from_stem
 from ultralytics.utils.downloads import attempt_download_asset
 
@@ -18,7 +17,7 @@ from yolo_cwd.digits import cache_folder
 from yolo_cwd.pool.images import content_of, fingerprint, identity
 from yolo_cwd.pool.labels import Form, Own
 from yolo_cwd.run.distributed import first_here_first
-from yolo_cwd.run.request import data_of
+from yolo_cwd.run.request import arguments_of_run, data_of
 
 VERSION = 1  # part of the key: raise it whenever what is written changes
 OF_DATA = ("data", "imgsz", "single_cls", "classes", "fraction", "split")  # what a resumed run has in its checkpoint
@@ -106,7 +105,7 @@ def as_begun(args: Any) -> Any:
     """Return the arguments of a run; where the pool depends on them, a resumed run keeps those of its checkpoint."""
     if not args.resume:
         return args
-    begun = load_checkpoint(args.resume)[1]["train_args"]
+    begun = arguments_of_run(args.resume)
     return changed(args, **{name: begun[name] for name in OF_DATA if name in begun})
 
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from ultralytics.engine import trainer as ultralytics_trainer
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOCAL_RANK, LOGGER, RANK
@@ -37,7 +38,31 @@ TIMEOUT = timedelta(minutes=30)  # how long the others wait for a process that i
 LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "socket", "nccl")
 
 
-class ProcessTrainer(DetectionTrainer):
+class JointEvaluation(BaseTrainer):
+    """What Ultralytics' trainers do last, for several processes; that of a task may add to it."""
+
+    def final_eval(self) -> None:
+        """Strip the checkpoints and score the best one, if there is one; perhaps only the first process sees them."""
+        if RANK == -1:
+            super().final_eval()
+            return
+        if RANK == 0:
+            last = ultralytics_trainer.strip_optimizer(self.last) if self.last.exists() else {}
+            if self.best.exists():
+                ultralytics_trainer.strip_optimizer(self.best, updates={"train_results": last.get("train_results")})
+                self.ema.ema.load_state_dict(load_checkpoint(self.best)[0].state_dict())
+        if not agree(self.best.exists()):
+            return
+        spread(self.ema.ema)
+        LOGGER.info(f"\nValidating {self.best}...")
+        self.validator.args.plots = self.args.plots
+        self.metrics, _ = self.validate()
+        self.epoch += 1  # as Ultralytics numbers the best checkpoint for loggers
+        self.run_callbacks("on_fit_epoch_end")
+        self.epoch -= 1
+
+
+class ProcessTrainer(DetectionTrainer, JointEvaluation):
     """Ultralytics' `DetectionTrainer`, able to run as one of the processes of `torchrun`, on GPUs or CPUs."""
 
     device: torch.device
@@ -90,23 +115,6 @@ class ProcessTrainer(DetectionTrainer):
         if RANK != -1 and self.world_size != WORLD_SIZE:
             self.world_size, self.model = WORLD_SIZE, _wrap(self.model)
         super()._build_train_pipeline()
-
-    def final_eval(self) -> None:
-        """Strip the checkpoints and score the best one; perhaps only the first process can read them."""
-        if RANK == -1:
-            super().final_eval()
-            return
-        if RANK == 0:
-            results = ultralytics_trainer.strip_optimizer(self.last).get("train_results")
-            ultralytics_trainer.strip_optimizer(self.best, updates={"train_results": results})
-            self.ema.ema.load_state_dict(load_checkpoint(self.best)[0].state_dict())
-        spread(self.ema.ema)
-        LOGGER.info(f"\nValidating {self.best}...")
-        self.validator.args.plots = self.args.plots
-        self.metrics, _ = self.validate()
-        self.epoch += 1  # as Ultralytics numbers the best checkpoint for loggers
-        self.run_callbacks("on_fit_epoch_end")
-        self.epoch -= 1
 
 
 def join(device: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ultralytics.cfg import _handle_deprecation, cfg2dict, get_cfg, get_save_dir
 from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK, colorstr
 from ultralytics.utils.files import get_latest_run
 from ultralytics.utils.torch_utils import parse_device
@@ -88,6 +89,10 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
     checkpoint = checkpoint_to_resume(arguments.get("resume", base["resume"]), student or model or base["model"])
     if checkpoint:
         arguments["resume"] = arguments["model"] = str(checkpoint)
+        if checkpoint.parent.name == "weights":  # where the run is now; the checkpoint has where it was
+            arguments.setdefault("save_dir", str(checkpoint.absolute().parents[1]))
+        if not (arguments.get("device") or base["device"]):
+            arguments["device"] = arguments_of_run(checkpoint).get("device")
         state = load_state(checkpoint)
         options = {"class_share": 0.0, **_options_of_resumed_run(state, options)}  # runs of 0.1 had no class maps
     else:
@@ -180,6 +185,15 @@ def checkpoint_to_resume(resume: Any, model: Any) -> Path | None:
         )
     reason = f"model={model} is not a checkpoint to resume from; name one: resume model=runs/.../last.pt"
     raise ConfigError(f"resume={resume}: {reason}, or give name= and teacher= to start or continue a run")
+
+
+def arguments_of_run(checkpoint: str | Path) -> dict[str, Any]:
+    """Return Ultralytics' arguments of the run that a checkpoint is of; none if it cannot be read."""
+    try:
+        arguments: dict[str, Any] = load_checkpoint(checkpoint)[1]["train_args"]
+    except Exception:
+        return {}
+    return arguments
 
 
 def _options_of_resumed_run(state: RunState, given: dict[str, Any]) -> dict[str, Any]:

@@ -226,6 +226,14 @@ def test_json_stands_alone_and_nothing_is_left(tmp_path: Path, pair: dict[str, s
     assert left <= {"train.cache", "val.cache"}  # of the labels: Ultralytics writes them in any training
 
 
+def test_without_a_strength_there_is_no_share_to_tell(pair: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    check.run({**WORDS, **pair, "cwd": 0, "format": "json"})
+    said = capsys.readouterr().out
+    found = json.loads(said, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert [level["fixed_share"] for level in found["levels"]] == [None] * 3
+    assert "P3" in as_text(found)
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -26,6 +27,7 @@ from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.data.augment import Mosaic
 from ultralytics.data.build import build_yolo_dataset
+from ultralytics.data.dataset import YOLODataset
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.engine.results import Results
 from ultralytics.nn.tasks import guess_model_task
@@ -228,6 +230,12 @@ def test_sources_are_folders_globs_lists_and_images(pictures: Path, tmp_path: Pa
     assert list_images([str(below[1])]) == [below[1]]
     with pytest.raises(ConfigError, match=r"unlabeled=.*nowhere: names no file; give a folder"):
         list_images([str(tmp_path / "nowhere")], "unlabeled")
+    (tmp_path / "latin.txt").write_bytes("größer.jpg".encode("latin-1"))
+    assert list_images([str(tmp_path / "*")]) == [tmp_path / "far.jpg"], "a list counts where it is named itself"
+    with pytest.raises(ConfigError, match=r"unlabeled=.*latin\.txt: not text in UTF-8; save the list as UTF-8"):
+        list_images([str(tmp_path / "latin.txt")], "unlabeled")
+    (tmp_path / "long.txt").write_text("x" * 5000 + ".jpg\n")
+    assert len(list_images([str(tmp_path / "long.txt")])) == 1
     both = f"{pictures / 'below'},{tmp_path}"
     assert Settings.parse({"teacher": "t", "unlabeled": both}).unlabeled == (str(pictures / "below"), str(tmp_path))
 
@@ -235,7 +243,7 @@ def test_sources_are_folders_globs_lists_and_images(pictures: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"unlabeled": 3}, "unlabeled=3: not a path"),
+        ({"unlabeled": True}, "unlabeled=True: not a path"),
         ({"pool_conf": 2}, "pool_conf=2: must be a number"),
         ({"pool_conf": 0.05}, "pool_unsure=0.1: must be at most pool_conf=0.05"),
         ({"pool_ratio": 0}, "pool_ratio=0: must be a number above 0"),
@@ -347,10 +355,11 @@ def test_labels_that_are_there_are_used_again(
     cv2.imwrite(str(images / "new.png"), image[::-1])
     assert label(teachers["detect"], str(images), sets["detect"]).found.images == 8
     assert asked == [1]
-    shutil.rmtree(pool.folder / "images")
-    assert label(teachers["detect"], str(images), sets["detect"]).found.images == 8
+    for part in ("images", "labels"):
+        shutil.rmtree(pool.folder / part)
+        assert label(teachers["detect"], str(images), sets["detect"]).found.images == 8
     other = label(teachers["detect"], str(images), sets["detect"], pool_conf=0.5)
-    assert asked == [1, 8, 8]
+    assert asked == [1, 8, 8, 8]
     assert other.folder != pool.folder
 
 
@@ -375,13 +384,112 @@ def test_what_is_no_use_is_left_out_with_a_warning(
     (images / "torn.jpg").write_bytes(next(pictures.glob("*.jpg")).read_bytes()[:900])
     (images / "text.png").write_text("no image")
     cv2.imwrite(str(images / "tiny.png"), np.zeros((4, 4, 3), np.uint8))
+    cv2.imwrite(str(images / "torn.bmp"), np.zeros((40, 40, 3), np.uint8))
+    (images / "torn.bmp").write_bytes((images / "torn.bmp").read_bytes()[:200])
+    shutil.copy(next(pictures.glob("*.jpg")), os.fsencode(images) + b"/caf\xe9.jpg")
     shutil.copy(next((data / "images" / "val").iterdir()), images / "leak.jpg")
     shutil.copy(next((data / "images" / "train").iterdir()), images / "known.jpg")
     pool = label(teachers["detect"], f"{images},{data / 'images' / 'val'}", sets["detect"])
     assert pool.found.images == 7
-    expected = "3 unreadable, 1 there twice, 1 among the training images, 5 among the images that models are scored on"
+    expected = "5 unreadable, 1 there twice, 1 among the training images, 5 among the images that models are scored on"
     assert pool.found.left_out == expected
     assert [r.levelname for r in caplog.records if expected in r.message] == ["WARNING"]
+
+
+def test_an_image_that_ultralytics_would_repair_is_copied(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    """Its content says that it is a JPEG, whatever its name, and a link would let the user's image be changed."""
+    original = tmp_path / "images" / "torn.png"
+    original.parent.mkdir()
+    original.write_bytes(next(pictures.glob("*.jpg")).read_bytes() + b"\n")
+    pool = label(teachers["detect"], str(original.parent), sets["detect"])
+    (copy,) = (pool.folder / "images").iterdir()
+    assert copy.read_bytes() == original.read_bytes()
+    assert not copy.samefile(original)
+
+
+def test_a_crowded_image_is_told(
+    teachers: dict[str, str],
+    sets: dict[str, str],
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert store.MOST_OBJECTS > 300, "more than Ultralytics looks for"
+    monkeypatch.setattr(store, "MOST_OBJECTS", 2)
+    pool = label(teachers["detect"], str(pictures), sets["detect"])
+    found = [len(rows(pool, record)) for record in records(pool).values()]
+    assert max(found) == 2
+    assert f"{found.count(2)} images may have more than 2 objects; the rest of them counts as background" in caplog.text
+
+
+def test_boxes_beside_outlines_are_outlines(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    """Ultralytics drops the outlines of all images where one has a box."""
+    outlined = Path(sets["segment"])
+    pool = label(teachers["detect"], str(pictures), str(outlined))
+    plain = label(teachers["detect"], str(pictures), sets["detect"])
+    assert pool.folder != plain.folder
+    read = [YOLODataset(str(list_), imgsz=64, data=check_det_dataset(str(pool.data))) for list_ in pool.train]
+    assert all(label["segments"] for dataset in read for label in dataset.labels if len(label["cls"]))
+    both = YOLODataset(pool.train, imgsz=64, data=check_det_dataset(str(pool.data)))
+    assert sum(len(label["segments"]) for label in both.labels) == sum(len(label["cls"]) for label in both.labels) > 0
+    for name, record in records(pool).items():
+        corners = [row[1:].reshape(-1, 2) for row in rows(pool, record)]
+        boxes = [row[1:] for row in rows(plain, records(plain)[name])]
+        sizes = [np.concatenate([(c.min(0) + c.max(0)) / 2, np.ptp(c, axis=0)]) for c in corners]
+        assert np.allclose(sizes, boxes, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param({"imgsz": "abc"}, "imgsz", id="a wrong argument"),
+        pytest.param({"device": "7"}, "device", id="a device that is not there"),
+        pytest.param({"source": "a" * 400 + ".jpg,b.jpg"}, "names no file", id="a name that is too long"),
+    ],
+)
+def test_bad_input_of_the_command_is_one_line(
+    teachers: dict[str, str],
+    sets: dict[str, str],
+    pictures: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: dict[str, str],
+    message: str,
+) -> None:
+    given = {"teacher": teachers["detect"], "source": str(pictures), "data": sets["detect"], "device": "cpu", **words}
+    assert main(["label", *(f"{name}={value}" for name, value in given.items())]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("yolo_cwd: ")]
+    assert message in line
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"cannot write .*; set XDG_CACHE_HOME to a folder of yours"):
+        label(teachers["detect"], str(pictures), sets["detect"])
+
+
+def test_a_folder_may_have_a_number_for_a_name(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(pictures, tmp_path / "2024")
+    monkeypatch.chdir(tmp_path)
+    assert Settings.parse({"teacher": "t", "unlabeled": 2024}).unlabeled == (str(tmp_path / "2024"),)
+
+
+def test_a_validation_image_that_is_missing_does_not_matter(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    content = yaml.safe_load(Path(sets["detect"]).read_text())
+    folder = Path(sets["detect"]).parent
+    (tmp_path / "val.txt").write_text("\n".join([*map(str, (folder / "images" / "val").iterdir()), "/absent.jpg"]))
+    content |= {"path": str(folder), "val": str(tmp_path / "val.txt")}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+    words = {"teacher": teachers["detect"], "source": pictures, "data": tmp_path / "data.yaml", "imgsz": 64, **POOL}
+    assert main(["label", *(f"{name}={value}" for name, value in words.items())]) == 0
 
 
 def test_a_pool_without_a_usable_image_is_refused_and_leaves_nothing(
@@ -470,6 +578,18 @@ def test_a_resumed_run_finds_its_pool_again(
     trainer = resume(last)
     assert len(trainer.train_loader.dataset) == 3 + 7
     assert trainer.epoch == 1
+
+
+def test_a_pool_that_has_moved_is_named_anew_on_resuming(
+    train: Callable[..., CWDTrainer], teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pictures, tmp_path / "before")
+    words = {"data": sets["detect"], "teacher": teachers["detect"], "unlabeled": str(tmp_path / "before"), **POOL}
+    last = interrupted(train, tmp_path, 1, epochs=2, **words)
+    (tmp_path / "before").rename(tmp_path / "after")
+    with pytest.raises(ConfigError, match="before: names no file"):
+        resume(last)
+    assert len(resume(last, unlabeled=str(tmp_path / "after")).train_loader.dataset) == 6 + 7
 
 
 def test_images_of_the_data_without_a_label_file_are_told(
@@ -739,6 +859,26 @@ def test_completed_labels_are_used_again_until_a_label_file_changes(
     said.asked.clear()
     completed(old["detect"], data)
     assert said.asked == []
+
+
+def test_an_image_that_is_listed_twice_counts_twice(
+    old: dict[str, str], say: Callable[..., Said], tmp_path: Path
+) -> None:
+    say({"a": [[10, 10, 20, 20, 0.9, 0]]})
+    data = Path(labelled(tmp_path, {"a": "1 0.5 0.5 0.2 0.2\n", "b": "1 0.5 0.5 0.2 0.2\n"}))
+    content = yaml.safe_load(data.read_text())
+    a, b = list_images([str(tmp_path / "images" / "train")])
+    (tmp_path / "twice.txt").write_text(f"{a}\n{b}\n{a}\n")
+    data.write_text(yaml.safe_dump({**content, "train": str(tmp_path / "twice.txt")}))
+    pool = completed(old["detect"], str(data))
+    assert len(list(Path(pool.train[0]).read_text().splitlines())) == 3
+    assert len(set(Path(pool.train[0]).read_text().splitlines())) == 2
+
+
+def test_data_that_were_downloaded_in_part_are_used_whole() -> None:
+    images = [Path(f"{i}.jpg") for i in range(6)]
+    assert store.share(images, 0.5, {}) == images[:3]
+    assert store.share(images, 0.5, {"complete": True}) == images
 
 
 def test_completing_that_is_cut_off_goes_on(

@@ -265,9 +265,15 @@ def check(words: list[str]) -> None:
 def label(words: list[str]) -> None:
     """Let the teacher label images that nobody has annotated."""
     arguments = parse(words)
+    from yolo_cwd.run.refusal import refusal
     from yolo_cwd.study.label import run
 
-    run(arguments)
+    try:
+        run(arguments)
+    except ConfigError:
+        raise
+    except (OSError, TypeError, ValueError) as error:
+        raise refusal(error, arguments) from error
 
 
 def compare(words: list[str]) -> None:

@@ -7,6 +7,7 @@ Nothing here imports torch, so that `help` and `settings` answer at once.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -386,12 +387,17 @@ def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     return value
 
 
+def exists(path: str | Path) -> bool:
+    """Return whether there is a file or folder; false for what cannot be the name of one."""
+    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises an error for a name that is too long
+
+
 def _paths(name: str, value: Any) -> tuple[str, ...]:
     """Return absolute paths; a string holds one path, or several separated by commas."""
-    if isinstance(value, str | Path):
-        value = [value] if Path(value).exists() else str(value).split(",")
+    if isinstance(value, str | Path | int) and not isinstance(value, bool):  # 2024 may be a folder
+        value = [value] if exists(str(value)) else str(value).split(",")
     paths = () if value is None else value
-    if not isinstance(paths, list | tuple) or not all(isinstance(path, str | Path) and str(path) for path in paths):
+    if not isinstance(paths, list | tuple) or not all(isinstance(p, str | Path | int) and str(p) for p in paths):
         raise ConfigError(f"{name}={value}: not a path; give a folder, a glob, a .txt list, or several with commas")
     return tuple(str(Path(str(path).strip()).absolute()) for path in paths)
 

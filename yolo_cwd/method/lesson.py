@@ -45,8 +45,7 @@ class LessonWatch:
                 "its strength by; give pool_ratio=20, or a larger batch"
             )
         if unknown := criterion.unknown:
-            reason = "no gradient of the task has arrived there"
-            LOGGER.warning(f"{colorstr('CWD:')} {listed(unknown)} cannot be taught so far: {reason}")
+            LOGGER.warning(f"{colorstr('CWD:')} {listed(unknown)}: nothing is taught so far, no gradient arrives there")
         if (dropped := self._dropped + int(criterion.dropped)) == criterion.taught * len(criterion.meter.names):
             raise ConfigError(f"{teacher}: teaches nothing, since no divergence so far is finite; give amp=False")
         if not dropped and not any(criterion.columns["nats"].values()):

@@ -96,7 +96,7 @@ def count(settings: Settings, task: str, args: Any) -> str:
     teacher, data = teacher_and_data(settings, task, args)
     images = images_of_data(data).train
     read = _read(images, teacher, data, settings, args)
-    number = sum(image in read.own for image in store.share(images, args.fraction))
+    number = sum(image in read.own for image in store.share(images, args.fraction, data))
     added = listed([data["names"][kind] for kind in read.classes.values()], 8)
     return "; ".join([f"the labels of {number:,} images will be completed with: {added}", *read.warnings])
 
@@ -139,12 +139,13 @@ def _lists(folder: Path, teacher: YOLO, data: dict[str, Any], settings: Settings
     description = store.described(data)
     key = fingerprint(what, args.fraction, bool(args.single_cls), description)[:16]
     file = folder / "lists" / f"{key}.json"
-    if store.is_whole(file):
+    if store.is_whole(file, "labels", teacher.task):
         return file
     read = _read(images, teacher, data, settings, args)
     form = form_of(teacher, data, settings, read.classes)
     plan = Plan(teacher, settings, form, args, folder, read.own)
-    records = store.label_images(plan, [image for image in store.share(images, args.fraction) if image in read.own])
+    chosen = [image for image in store.share(images, args.fraction, data) if image in read.own]
+    records = store.label_images(plan, chosen)
     labelled = sum(record["labelled"] for record in records)
     left_out = f"{labelled:,} that are labelled as something else" if labelled else ""
     found = store.found_in(records, form, data["names"], left_out)
@@ -158,7 +159,7 @@ def _read(images: Sequence[Path], teacher: YOLO, data: Mapping[str, Any], settin
 
     All images are read, whatever `fraction` is: a class that is labelled in one image counts as labelled in all.
     """
-    found = read_labels(images, teacher.task, data, bool(args.single_cls))
+    found = read_labels(list(dict.fromkeys(images)), teacher.task, data, bool(args.single_cls))
     own = {read.image: read.own for read in found if read.own}
     kinds = {kind for read in found if read.own for kind in read.rows[:, 0].astype(int).tolist()}
     unusable = [read.message for read in found if not read.own]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +15,18 @@ import numpy as np
 from PIL import Image
 from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.utils import TQDM, colorstr
+from ultralytics.utils.patches import imread
 
-from yolo_cwd.config import ConfigError
+from yolo_cwd.config import ConfigError, exists
 
 HELD_OUT = ("val", "test", "minival")  # splits of the data that no training may see
 LEAST_SIDE = 10  # pixels: Ultralytics trains on nothing smaller
+UNVERIFIED = {".bmp", ".jp2"}  # formats of which Pillow verifies no more than the head
 READERS = 8  # threads: the disk sets the pace
 
 
 class Split(NamedTuple):
-    """The images of a data set: those for training, and those held out."""
+    """The images of a data set: those for training, as often as they are named there, and those held out."""
 
     train: list[Path]
     held_out: list[Path]
@@ -73,22 +75,33 @@ def list_images(sources: Iterable[str], argument: str = "") -> list[Path]:
     Raises:
         ConfigError: If a source names nothing.
     """
-    found: set[str] = set()
+    return list(dict.fromkeys(_every_mention(sources, argument)))
+
+
+def _every_mention(sources: Iterable[str], argument: str = "") -> list[Path]:
+    """Return the images as `list_images` does, but each as often as it is named: Ultralytics trains on it so often."""
+    found: list[str] = []
     for source in sources:
-        files = _files_of(source)
+        try:
+            files = _files_of(source)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{argument or 'data'}={source}: not text in UTF-8; save the list as UTF-8") from error
         if not files and argument:
             raise ConfigError(f"{argument}={source}: names no file; give a folder, a glob, a .txt list, or an image")
-        found.update(file for file in files if file.rpartition(".")[-1].lower() in IMG_FORMATS)
+        found.extend(file for file in files if file.rpartition(".")[-1].lower() in IMG_FORMATS)
     return [Path(file) for file in sorted(found)]
 
 
 def _files_of(source: str) -> list[str]:
     path = Path(source).absolute()
-    if path.is_dir():
-        return _glob(str(Path(glob.escape(str(path))) / "**" / "*.*"))
-    if path.is_file():
-        return _files_of_list(path) if path.suffix.lower() == ".txt" else [str(path)]
-    return [file for match in _glob(str(path)) for file in _files_of(match)] if "*" in source else []
+    if exists(path) and path.is_file() and path.suffix.lower() == ".txt":
+        return _files_of_list(path)
+    matches = [str(path)] if exists(path) else _glob(str(path)) if "*" in source else []
+    return [file for match in matches for file in (_files_in(match) if Path(match).is_dir() else [match])]
+
+
+def _files_in(folder: str) -> list[str]:
+    return _glob(str(Path(glob.escape(folder)) / "**" / "*.*"))
 
 
 def _glob(pattern: str) -> list[str]:
@@ -98,16 +111,17 @@ def _glob(pattern: str) -> list[str]:
 def _files_of_list(file: Path) -> list[str]:
     """Return the paths in a list; those with `./`, or not found from the working folder, are relative to the list."""
     lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    here = [line for line in lines if not line.startswith("./") and Path(line).exists()]
+    here = [line for line in lines if not line.startswith("./") and exists(line)]
     return [str(Path(line).absolute() if line in set(here) else file.parent.absolute() / line) for line in lines]
 
 
-def images_of_data(data: dict[str, Any]) -> Split:
+def images_of_data(data: Mapping[str, Any]) -> Split:
     """Return the images of a data set as Ultralytics has resolved it."""
-    return Split(list_images(_paths(data, "train")), list_images(p for split in HELD_OUT for p in _paths(data, split)))
+    held_out = list_images(path for split in HELD_OUT for path in _paths(data, split))
+    return Split(_every_mention(_paths(data, "train")), held_out)
 
 
-def _paths(data: dict[str, Any], split: str) -> list[str]:
+def _paths(data: Mapping[str, Any], split: str) -> list[str]:
     value = data.get(split) or []
     return value if isinstance(value, list) else [value]
 
@@ -181,18 +195,18 @@ def is_readable(file: Path) -> bool:
         if cut_off(file):
             with Image.open(file) as image:
                 image.load()
-        return large
+        str(file).encode()  # lists of images are in UTF-8
+        return large and (file.suffix.lower() not in UNVERIFIED or imread(str(file)) is not None)
     except Exception:
         return False
 
 
 def cut_off(file: Path) -> bool:
-    """Return whether a file is a JPEG that lacks its end; Ultralytics would repair it in place."""
-    if file.suffix.lower() not in {".jpg", ".jpeg"}:
-        return False
+    """Return whether a file is a JPEG, whatever its name, that lacks its end; Ultralytics would repair it in place."""
     with file.open("rb") as opened:
+        begin = opened.read(2)
         opened.seek(-2, 2)
-        return opened.read() != b"\xff\xd9"
+        return begin == b"\xff\xd8" and opened.read() != b"\xff\xd9"
 
 
 def evenly(images: Sequence[Path], most: int) -> list[Path]:

@@ -26,7 +26,8 @@ COVERED = 0.5  # with this share of its box in that of a certain object, an unce
 SAME = 0.5  # two boxes that share this much of the larger one show the same object
 SEEN = 0.5  # lowest confidence of a key point that counts as visible
 IGNORED = 255  # class of pixels that do not count
-MAPS = {"semantic", "depth"}  # tasks in which every pixel has a label
+SUFFIXES = {"semantic": ".png", "depth": ".npy"}  # of the files that hold the labels of these tasks
+MAPS = SUFFIXES.keys()  # tasks in which every pixel has a label
 
 
 class Label(NamedTuple):
@@ -77,6 +78,8 @@ class Form(NamedTuple):
         folder: The name of the labels' folder, which is beside that of the images.
         point_values: Numbers per key point: 2, or 3 with its visibility.
         raw_ids: The value in a class map for a class of the data, where it differs from the class number.
+        outlined: Whether boxes are written as outlines, since the data's labels are: beside a box Ultralytics drops
+            the outlines of all images.
     """
 
     task: str
@@ -84,6 +87,7 @@ class Form(NamedTuple):
     folder: str = "labels"
     point_values: int = 3
     raw_ids: Mapping[int, int] = {}
+    outlined: bool = False
 
 
 def label_of(result: Any, form: Form, conf: float, own: Own = NOTHING) -> Label:
@@ -107,7 +111,7 @@ def label_of(result: Any, form: Form, conf: float, own: Own = NOTHING) -> Label:
     ours = [i for i, kind in enumerate(kinds) if kind in form.classes]
     sure = [i for i in ours if confidences[i] >= conf]
     certain = [i for i in sure if not _is_among(corners[i], labelled)]
-    row_of = ROWS["segment" if own.outlined and form.task == "detect" else form.task]
+    row_of = ROWS["segment" if (own.outlined or form.outlined) and form.task == "detect" else form.task]
     rows = [(form.classes[kinds[i]], *row_of(result, i, form)) for i in certain]
     content = "".join(f"{kind} {' '.join(f'{x:.6f}' for x in row)}\n" for kind, *row in rows)
     gap = "\n" if rows and own.content and not own.content.endswith(b"\n") else ""

@@ -4,23 +4,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from ultralytics import YOLO
+from ultralytics.data.utils import img2label_paths
 from ultralytics.utils.checks import check_model_file_from_stem
 from ultralytics.utils.downloads import attempt_download_asset
 
 from yolo_cwd.config import ConfigError, Settings, listed
 from yolo_cwd.digits import cache_folder
-from yolo_cwd.pool.images import content_of, fingerprint, identity
+from yolo_cwd.pool.images import content_of, fingerprint, identity, images_of_data
 from yolo_cwd.pool.labels import Form, Own
 from yolo_cwd.run.distributed import first_here_first
 from yolo_cwd.run.request import arguments_of_run, data_of
 
-VERSION = 1  # part of the key: raise it whenever what is written changes
+VERSION = 2  # part of the key: raise it whenever what is written changes
 OF_DATA = ("data", "imgsz", "single_cls", "classes", "fraction", "split")  # what a resumed run has in its checkpoint
+VALUES_OF_BOX = 6  # most in a line of a label file for it to be a box and no outline, as Ultralytics has it
 PAINTABLE = {1, 3}  # numbers of channels of images that can be written as they were read
 
 
@@ -121,9 +124,20 @@ def plan_of(settings: Settings, task: str | None, args: Any) -> tuple[Plan, dict
         teacher = whole_teacher(settings, task)
         data = data_of(changed(args, single_cls=False)) if args.data else _data_like(teacher)
     form = form_of(teacher, data, settings, _translation(teacher, data, settings, bool(args.single_cls)))
-    said = sorted(form.classes.items()), form.point_values, sorted(form.raw_ids.items()), data.get("masks_dir")
+    form = form._replace(outlined=form.task == "detect" and _outlined(data))
+    raw_ids = sorted(form.raw_ids.items())
+    said = sorted(form.classes.items()), form.point_values, raw_ids, data.get("masks_dir"), form.outlined
     folder = folder_of("unlabeled", settings, form.task, said, args.imgsz)
     return Plan(teacher, settings, form, args, folder), data
+
+
+def _outlined(data: Mapping[str, Any]) -> bool:
+    """Return whether the training images of a data set are labelled with outlines; the first label decides."""
+    for label in img2label_paths(list(map(str, images_of_data(data).train))):
+        with suppress(OSError, UnicodeDecodeError):
+            if first := Path(label).read_text(encoding="utf-8").strip().partition("\n")[0].split():
+                return len(first) > VALUES_OF_BOX
+    return False
 
 
 def _plan_without_labels(settings: Settings, task: str, args: Any) -> tuple[Plan, dict[str, Any]]:

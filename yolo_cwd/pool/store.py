@@ -46,7 +46,7 @@ from yolo_cwd.pool.images import (
     list_images,
     survey,
 )
-from yolo_cwd.pool.labels import MAPS, NOTHING, Form, label_of, no_label, painted
+from yolo_cwd.pool.labels import MAPS, NOTHING, SUFFIXES, Form, label_of, no_label, painted
 from yolo_cwd.pool.plan import Plan, changed, plan_of, shown
 from yolo_cwd.run.distributed import first_here_first
 from yolo_cwd.run.files import write_whole, written_whole
@@ -54,6 +54,7 @@ from yolo_cwd.run.refusal import disk_is_full
 from yolo_cwd.run.request import data_of
 
 WRITABLE = {".jpg", ".jpeg", ".png", ".bmp"}  # suffixes of images that OpenCV can write as well as read
+MOST_OBJECTS = 1000  # in an image, certain or not: more would need too much memory for their masks
 WRITERS = 4  # threads
 MOST_WRITING = 64  # most images that wait to be written
 QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 95]
@@ -114,7 +115,7 @@ def count(settings: Settings, args: Any) -> Survey:
     data = data_of(changed(args, single_cls=False)) if args.data else {}
     split = images_of_data(data)
     images = list_images(settings.unlabeled, "unlabeled")
-    return _chosen(settings, images, split, len(share(split.train, args.fraction)))
+    return _chosen(settings, images, split, len(share(split.train, args.fraction, data)))
 
 
 def _chosen(settings: Settings, images: Sequence[Path], split: Split, labelled: int) -> Survey:
@@ -169,7 +170,7 @@ def made_once(folder: Path, argument: str, make: Callable[[], Path]) -> Pool:
         make: Returns the file that says what is in the lists; writes it if missing.
 
     Raises:
-        ConfigError: If the disk is full.
+        ConfigError: If nothing can be written there.
     """
     with writing_alone(folder, argument):
         lists = make()
@@ -187,35 +188,40 @@ def writing_alone(folder: Path, argument: str) -> Iterator[None]:
         argument: The argument that asks for what is written, with its value.
 
     Raises:
-        ConfigError: If the disk is full.
+        ConfigError: If nothing can be written there.
     """
     try:
-        with _alone(folder):
+        with _alone(folder, argument):
             yield
     except OSError as error:
         if not disk_is_full(error):
             raise
-        raise ConfigError(
-            f"{argument}: cannot write {error.filename or folder} ({error.strerror}); make room, or set "
-            "XDG_CACHE_HOME to a folder on another disk"
-        ) from error
+        raise _unwritable(error, argument, folder) from error
+
+
+def _unwritable(error: OSError, argument: str, folder: Path) -> ConfigError:
+    what = f"{argument}: cannot write {error.filename or folder} ({error.strerror})"
+    remedy = "make room, or set XDG_CACHE_HOME to a folder on another disk"
+    return ConfigError(f"{what}; {remedy if disk_is_full(error) else 'set XDG_CACHE_HOME to a folder of yours'}")
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, argument: str) -> Iterator[None]:
     """Let one process at a time write into a folder; on each machine, the first rank goes first.
 
     The others wait for the lock, not at a barrier, which would time out.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_suffix(".lock"))
     with first_here_first():
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=1)
         except Timeout:
             if LOCAL_RANK in {-1, 0}:
                 LOGGER.info(f"{colorstr('CWD:')} waiting for another process that prepares such images")
             lock.acquire()
+        except OSError as error:
+            raise _unwritable(error, argument, folder) from error
     try:
         yield
     except ConfigError:  # bad input leaves nothing behind
@@ -231,11 +237,11 @@ def _lists(plan: Plan, data: dict[str, Any], others: Sequence[str]) -> Path:
     """Return the file that says what is in a pool; make it, and the lists beside it, if missing."""
     settings, args = plan.settings, plan.args
     images, split = list_images(settings.unlabeled, "unlabeled"), images_of_data(data)
-    labelled = share(split.train, args.fraction)
+    labelled = share(split.train, args.fraction, data)
     what = [identity(image) for part in (images, labelled, split.held_out) for image in part if image.exists()]
     description = described(data)
     file = plan.folder / "lists" / f"{fingerprint(what, settings.pool_ratio, description, *others)[:16]}.json"
-    if is_whole(file):
+    if is_whole(file, plan.labels, plan.form.task):
         return file
     chosen = _chosen(settings, images, split, len(labelled))
     records = label_images(plan, chosen.images)
@@ -297,18 +303,25 @@ def found_in(
     )
 
 
-def is_whole(file: Path) -> bool:
-    """Return whether a list is complete and no image of it has been removed."""
+def is_whole(file: Path, labels: str, task: str) -> bool:
+    """Return whether a list is complete, and neither an image of it nor a label has been removed.
+
+    Args:
+        file: The file that says what is in it.
+        labels: The name of the folder of labels.
+        task: The task that they are for.
+    """
     if not file.exists():
         return False
-    images = file.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
-    return all(Path(image).exists() for image in images)
+    images = map(Path, file.with_suffix(".txt").read_text(encoding="utf-8").splitlines())
+    folder, suffix = file.parents[1] / labels, SUFFIXES.get(task, ".txt")
+    return all(image.exists() and (folder / f"{image.stem}{suffix}").exists() for image in images)
 
 
-def share(images: list[Path], fraction: Any) -> list[Path]:
-    """Return the images that Ultralytics would use under its argument `fraction`."""
+def share(images: list[Path], fraction: Any, data: Mapping[str, Any]) -> list[Path]:
+    """Return the images of a data set that Ultralytics would use under its argument `fraction`."""
     part = fraction[0] if isinstance(fraction, list) else fraction
-    if part == 1:
+    if part == 1 or data.get("complete"):  # downloaded in part already
         return images
     return images[: part if isinstance(part, int) else max(1, round(len(images) * part))]
 
@@ -328,7 +341,7 @@ def _as_list(value: Any) -> list[str]:
 
 
 def label_images(plan: Plan, images: Sequence[Path]) -> list[dict[str, Any]]:
-    """Label the images that have no label by this teacher yet, and return the records of all that could be labelled."""
+    """Label the images that have no label by this teacher yet, and return the record of each that could be labelled."""
     names = {str(image): plan.name(image) for image in images}
     missing = [image for image in names if _record(plan.folder, names[image]) is None]
     for part in ("images", plan.labels, "records"):
@@ -341,9 +354,9 @@ def label_images(plan: Plan, images: Sequence[Path]) -> list[dict[str, Any]]:
             _write_labels(plan, missing, names)
         except KeyboardInterrupt as interrupt:
             raise type(interrupt)(f"{plan.doing} is interrupted; run the same command again to continue") from None
-    records = [_record(plan.folder, name) for name in names.values()]
-    found = [record for record in records if record]
-    if lost := len(records) - len(found):
+    records = {image: _record(plan.folder, name) for image, name in names.items()}
+    found = [record for record in (records[str(image)] for image in images) if record]
+    if lost := len(names) - len({record["source"] for record in found}):
         LOGGER.warning(f"{colorstr('CWD:')} {lost} images to label cannot be read, and are left out")
     return found
 
@@ -374,9 +387,17 @@ def predictions(plan: Plan, images: Sequence[str]) -> Iterator[Any]:
         listing.write_text("\n".join(images), encoding=locale.getpreferredencoding(False))  # as it is read
         batch = args.batch if args.batch >= 1 else DEFAULT_CFG.batch  # one below 1 is estimated later, for the training
         asked = {"conf": conf, "imgsz": args.imgsz, "batch": batch, "device": _device(args.device)}
-        for result in plan.teacher.predict(str(listing), stream=True, verbose=False, save=False, **asked):
+        asked |= {"max_det": MOST_OBJECTS, "stream": True, "verbose": False, "save": False}
+        crowded = 0
+        for result in plan.teacher.predict(str(listing), **asked):
             if result.path in asked_for:
+                crowded += plan.form.task not in MAPS and len(result) >= MOST_OBJECTS
                 yield result
+    if crowded:
+        LOGGER.warning(
+            f"{colorstr('CWD:')} {crowded} images may have more than {MOST_OBJECTS:,} objects; the rest of them counts "
+            "as background: cut such images into smaller ones"
+        )
 
 
 def _device(device: Any) -> torch.device | str | None:

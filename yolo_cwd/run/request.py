@@ -197,8 +197,9 @@ def arguments_of_run(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def _options_of_resumed_run(state: RunState, given: dict[str, Any]) -> dict[str, Any]:
-    replaced = {name: value for name, value in given.items() if name in REPLACEABLE and value}
     kept = state.options
+    may_change = REPLACEABLE | ({"unlabeled"} if kept.get("unlabeled") else set())  # the images may have moved
+    replaced = {name: value for name, value in given.items() if name in may_change and value}
     if ignored := sorted(n for n in given.keys() - replaced.keys() if given[n] != kept.get(n)):
         LOGGER.warning(f"{colorstr('CWD:')} a resumed run keeps its options; ignored: {', '.join(ignored)}")
     kept.update(replaced)

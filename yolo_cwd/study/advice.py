@@ -70,7 +70,7 @@ def balance(levels: list[dict[str, Any]], balanced: bool) -> str:
         levels: The levels, each with its `name`, its `share` and the `fixed_share` under a fixed weight.
         balanced: Whether the weights follow the gradients.
     """
-    drowned = [f"{x['name']} ({_times(x['fixed_share'])})" for x in levels if x["fixed_share"] > DROWNED]
+    drowned = [f"{x['name']} ({_times(x['fixed_share'])})" for x in levels if (x["fixed_share"] or 0) > DROWNED]
     if balanced:
         kept = "distillation keeps to its share of the gradient at every level"
         return f"{kept}; a fixed cwd=100 would drown the task at {', '.join(drowned)}" if drowned else kept
@@ -115,8 +115,8 @@ def as_text(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _paragraph("verdict", found["verdict"])])
 
 
-def _times(ratio: float) -> str:
-    return f"{ratio:.2g}x" if ratio < 10 else f"{ratio:,.0f}x"
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2g}x" if ratio < 10 else f"{ratio:,.0f}x"
 
 
 def _paragraph(name: str, text: str) -> str:

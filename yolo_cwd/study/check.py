@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -200,7 +201,7 @@ def _levels(trainer: CWDTrainer) -> list[dict[str, Any]]:
         row = {"name": level.name, "stride": level.stride, "map": trainer.args.imgsz // level.stride}
         row |= {"student_channels": level.student_channels, "teacher_channels": level.teacher_channels}
         row |= {"adapter_parameters": sum(p.numel() for p in adapter.parameters()), "weight": trainer.level_weights[i]}
-        rows.append({**row, "share": meter.shares[level.name], "fixed_share": fixed[i]})
+        rows.append({**row, "share": meter.shares[level.name], "fixed_share": fixed[i] if isfinite(fixed[i]) else None})
     return rows
 
 
@@ -246,7 +247,7 @@ def _step(trainer: CWDTrainer, raw: dict[str, Any]) -> float:
     """Run one training step on a batch of its loader, and return the seconds it takes."""
     wait_for(trainer.device)
     begin = time.perf_counter()
-    trainer._batches = 0  # distil this batch, whatever cwd_every is
+    trainer._batches = trainer.cwd.cwd_every  # distil this batch, as one that is not the first of an epoch
     with autocast_of(trainer):
         loss, _ = trainer.model(trainer.preprocess_batch(dict(raw)))
     trainer.scaler.scale(loss.sum()).backward()

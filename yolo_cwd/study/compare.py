@@ -130,7 +130,7 @@ class Comparison:
             arm_options, arm_arguments = split_options(arm.arguments)
             Settings.parse({**options, "teacher": teacher, **arm_options})
             _check({**arguments, **arm_arguments})
-        folder = own.get("folder") or get_save_dir(
+        folder = str(own.get("folder") or "") or get_save_dir(
             SimpleNamespace(project="", task=task.name, name="compare", mode="train", exist_ok=True)
         )
         split = own.get("split", SPLITS[0])

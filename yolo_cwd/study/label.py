@@ -23,7 +23,7 @@ from yolo_cwd import digits
 from yolo_cwd.config import ConfigError, Settings, check_names, listed, split_options
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.pool import complete, confidence, store
-from yolo_cwd.pool.images import evenly, images_of_data, list_images
+from yolo_cwd.pool.images import evenly, images_of_data, is_readable, list_images
 from yolo_cwd.pool.labels import MAPS
 from yolo_cwd.pool.plan import as_begun, whole_teacher
 from yolo_cwd.study.advice import WIDTH
@@ -98,7 +98,8 @@ def _usual_confidence(teacher: YOLO, settings: Settings, args: Any) -> float:
     """Return the mean confidence of the objects a teacher finds in validation images; 0 if there are none."""
     if not args.data:
         return 0.0
-    images = evenly(images_of_data(check_det_dataset(str(args.data))).held_out, COMPARED)
+    held_out = images_of_data(check_det_dataset(str(args.data))).held_out
+    images = evenly([image for image in held_out if is_readable(image)], COMPARED)
     asked = {"conf": settings.pool_conf, "imgsz": args.imgsz, "device": args.device, "verbose": False, "save": False}
     found = [result.obb or result.boxes for image in images for result in teacher.predict(str(image), **asked)]
     confidences = [x for boxes in found if boxes is not None for x in boxes.conf.tolist()]

@@ -222,7 +222,8 @@ def _markdown(lines: list[list[str]], summary: dict[str, Any]) -> str:
         "\n".join([header, "|---" * len(lines[0]) + "|", *body]),
         summary["verdict"],
         f"Gain by class in points of {summary['scores'][0]}:\n\n" + "\n".join(gains) if gains else "",
-        "Differences are paired over seeds; the interval is Student's t over them. Time is relative to plain.",
+        "Differences are paired over seeds; the interval is Student's t over them. Time is relative to plain, "
+        "or to the arm in brackets.",
         f"Measured with {versions}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,7 +1,9 @@
 """Fixtures: a tiny data set, tiny models, and short trainings in a folder of their own."""
 
+import atexit
 import gc
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from yolo_cwd.tasks import TASKS
 from yolo_cwd.trainer import CWDTrainer
 
 FOLDER = Path(os.environ["YOLO_CONFIG_DIR"])
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 torch.set_num_threads(1)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from yolo_cwd.method.balance import GradientMeter
+from yolo_cwd.method.balance import GradientMeter, clip_gradients
 
 
 def norms(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -69,10 +69,13 @@ def test_the_loss_scale_does_not_matter() -> None:
     ratios = []
     for scale in (1.0, 1024.0):
         meter = GradientMeter(["P3"])
-        meter.note(0, scale * torch.tensor([3.0, 4.0]), scale * torch.tensor([0.5]))
+        meter.note(0, torch.tensor([5.0]), torch.tensor([0.1]))
         meter.step(torch.tensor([0.1]))
+        meter.note(0, scale * torch.tensor([3.0, 4.0]), scale * torch.tensor([0.5]))
+        meter.step(torch.tensor([0.1]), torch.tensor(scale))
         ratios.append(meter.ratios.item())
-    assert ratios == pytest.approx([1.0, 1.0])
+    assert ratios[0] == pytest.approx(ratios[1])
+    assert ratios[0] == pytest.approx(math.sqrt(25 / (0.9 * 1 + 0.1 * 25)))
 
 
 def test_what_was_measured_survives_an_interruption() -> None:
@@ -85,7 +88,29 @@ def test_what_was_measured_survives_an_interruption() -> None:
 
 def test_a_sample_counts_with_the_weight_that_follows_from_it() -> None:
     meter = GradientMeter(["P3"])
-    meter.note(0, torch.tensor([6.0]), torch.tensor([2.0]))
-    meter.sample(lambda: 0.5 * meter.ratios)
+    meter.sample(torch.tensor([[36.0, 4.0]]), lambda: 0.5 * meter.ratios)
     assert meter.ratios.item() == pytest.approx(3.0)
     assert meter.shares["P3"] == pytest.approx(0.5)
+
+
+def test_a_sample_leaves_a_step_that_is_due_alone() -> None:
+    """An epoch may end between two optimizer steps, with gradients of another weight and loss scale recorded."""
+    meter = GradientMeter(["P3"])
+    meter.note(0, torch.tensor([0.0]), torch.tensor([1e6]))
+    meter.sample(torch.tensor([[9.0, 1.0]]), lambda: meter.ratios)
+    assert meter.ratios.item() == pytest.approx(3.0)
+    meter.note(0, torch.tensor([3e6]), torch.tensor([0.0]))
+    meter.step(torch.ones(1), 1e6)
+    assert meter.means.tolist() == [[pytest.approx(9.0), pytest.approx(1.0)]]
+
+
+@pytest.mark.parametrize("most", [1.0, 100.0])
+def test_gradients_are_clipped_as_by_torch(most: float) -> None:
+    sides = [[torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.zeros(2))] for _ in range(2)]
+    for parameters in sides:
+        for i, p in enumerate(parameters):
+            p.grad = torch.arange(float(p.numel())).view_as(p) + i
+    clip_gradients([*sides[0], torch.nn.Parameter(torch.zeros(1))], torch.tensor(most))
+    torch.nn.utils.clip_grad_norm_(sides[1], most)
+    for ours, theirs in zip(*sides, strict=True):
+        assert torch.allclose(ours.grad, theirs.grad)

@@ -285,6 +285,10 @@ BAD_INPUT = {
         "batch=-1: is estimated for one process only; give a number of images, batch=32",
     ),
     "absent devices": (["device=0,1", "batch=4"], "CUDA"),
+    "a part of an image": (
+        ["batch=7.5"],
+        "batch=7.5: must be a whole number of images",
+    ),
     "batch that does not divide": (["device=0,1", "batch=3"], "batch=3: does not divide over 2 processes"),
     "absent device": (["device=7"], "CUDA"),
     "bf16 on a CPU": (["amp=bf16"], "amp=bf16: "),

@@ -16,6 +16,7 @@ from yolo_cwd.config import (
     unusable_model,
     with_suffix,
 )
+from yolo_cwd.run.refusal import refusal
 from yolo_cwd.run.request import student_path
 from yolo_cwd.trainer import CWDTrainer
 
@@ -177,3 +178,12 @@ def test_a_model_object_as_student_is_told_its_own_way() -> None:
 def test_a_key_that_a_model_file_lacks_is_said_in_words(key: str) -> None:
     error = unusable_model("student=x.yaml", KeyError(key), "give an existing .yaml model")
     assert str(error) == f"student=x.yaml: '{key}' is missing in it, or unknown; give an existing .yaml model"
+
+
+def test_a_missing_package_is_named_as_pip_knows_it() -> None:
+    missing = ModuleNotFoundError("No module named 'modelopt'", name="modelopt")
+    said = str(refusal(missing, {"quantize": 8}))
+    assert said == (
+        "quantize=8: needs the package nvidia-modelopt, which is not installed; pip install nvidia-modelopt"
+    )
+    assert str(refusal(ModuleNotFoundError(name="comet"), {})).startswith("comet: needs the package comet, ")

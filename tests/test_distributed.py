@@ -32,6 +32,7 @@ from yolo_cwd import CWDTrainer
 from yolo_cwd.method.prepare import choose_precision
 from yolo_cwd.method.teacher import DTYPES, load_teacher
 from yolo_cwd.run.distributed import JointEvaluation
+from yolo_cwd.view.attach import attach
 
 ROOT = Path(__file__).parent.parent
 Record = Callable[[int, str], dict[str, Any]]
@@ -220,6 +221,11 @@ def test_processes_end_a_training_without_a_best_checkpoint(
     trainer: Any = SimpleNamespace(last=tmp_path / "last.pt", best=tmp_path / "best.pt")
     JointEvaluation.final_eval(trainer)
     assert [file.name for file in tmp_path.iterdir()] == left
+
+
+def test_a_process_that_starts_others_shows_nothing_itself() -> None:
+    """Ultralytics hands its callbacks on to all of them, and the first attaches its own."""
+    attach(SimpleNamespace(ddp=True, args=None))
 
 
 def test_the_first_process_draws_the_pictures(models: dict[str, Path], data: str, tmp_path: Path) -> None:

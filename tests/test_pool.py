@@ -1567,9 +1567,9 @@ def test_measuring_waits_for_an_image_with_labels(
     kinds: list[bool] = []
     measure = prepare.measure
 
-    def noting(criterion: Any, student: Any, teacher: Any, batch: Any) -> None:
+    def noting(criterion: Any, student: Any, teacher: Any, batch: Any, scale: float) -> None:
         kinds.extend(criterion.weigh.holds(file) for file in batch["im_file"])
-        measure(criterion, student, teacher, batch)
+        measure(criterion, student, teacher, batch, scale)
 
     monkeypatch.setattr(prepare, "measure", noting)
     shares: list[dict[str, float]] = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_cwd.method.prepare import Regression, random_numbers_untouched, statistics_untouched
+from yolo_cwd.method.prepare import Regression, _squares, random_numbers_untouched, statistics_untouched
 
 
 def maps(*shape: int, seed: int) -> torch.Tensor:
@@ -52,6 +52,20 @@ def test_sums_over_many_positions_do_not_overflow_in_mixed_precision(half: torch
         found.append(regression.solve())
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("gradient", [1e-9, 1e3])
+def test_half_precision_gradients_are_measured_under_the_loss_scale(gradient: float) -> None:
+    """Too small for float16 without a scale, or too large with it; a smaller one is then taken."""
+    leaf = torch.ones(1, 2, 3, 3, requires_grad=True)
+    maps = leaf.half()
+    parts: list[Any] = [(maps.float() * factor).sum() for factor in (1e3 * gradient, gradient)]
+    squares = _squares(parts[0], parts[1:], [maps], 1.0)
+    assert squares.isfinite().all() == (gradient < 1)
+    scale = 65536.0
+    while not (squares := _squares(parts[0], parts[1:], [maps], scale)).isfinite().all():
+        scale /= 16
+    assert squares.sqrt().tolist() == [pytest.approx([1e3 * gradient * 18**0.5, gradient * 18**0.5], rel=0.01)]
 
 
 def test_fitting_leaves_no_trace_in_the_student() -> None:

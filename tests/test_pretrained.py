@@ -1,6 +1,8 @@
 """A student that comes with weights: shares of the gradient, fitted adapters, class maps."""
 
 import csv
+import math
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -112,6 +114,22 @@ def test_the_weight_is_that_of_gradients_taken_apart(
     assert shares == pytest.approx([0.3], rel=1e-3)
 
 
+def test_a_measurement_does_not_depend_on_the_loss_scale(train: Train, student: str, teacher: DetectionModel) -> None:
+    found: list[torch.Tensor] = []
+
+    def look(trainer: CWDTrainer) -> None:
+        criterion, batch = trainer.criterion, trainer.preprocess_batch(next(iter(trainer.train_loader)))
+        for scale in (1.0, 65536.0, 1e38):  # with the last one, every gradient overflows at first
+            criterion.meter.means.zero_()
+            measure(criterion, trainer.model, trainer.teacher, batch, scale)
+            found.append(criterion.meter.means.clone())
+
+    train(model=student, teacher=teacher, cwd="balanced", callbacks={"on_train_start": look})
+    assert (found[0] > 0).all()
+    assert torch.allclose(found[1], found[0], rtol=1e-4)
+    assert torch.allclose(found[2], found[0], rtol=1e-4)
+
+
 @pytest.mark.skipif(not PRETRAINED.exists(), reason="the checkpoints are not here")
 def test_adapters_begin_fitted(train: Train) -> None:
     first = {}
@@ -205,6 +223,40 @@ def test_a_term_that_a_resumed_run_had_not_is_measured(
     assert [row[f"train/{name}_share"] > 0.05 for row in rows for name in ("P3", "P4", "P5", "classmap")] == [True] * 8
 
 
+def test_another_teacher_is_told_on_resuming_and_columns_are_kept(
+    train: Train,
+    tmp_path: Path,
+    student: str,
+    teacher: DetectionModel,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ultralytics.utils.LOGGER.propagate", True)
+    for name in ("first", "moved", "other"):
+        model = YOLO(STUDENT)
+        model.model = deepcopy(teacher)
+        if name == "other":
+            model.model.names = {i: f"thing {i}" for i in range(6)}
+            next(model.model.parameters()).data.add_(1)
+        model.save(tmp_path / f"{name}.pt")
+    last = interrupted(train, tmp_path, 1, teacher=str(tmp_path / "first.pt"), cwd="balanced", epochs=3, model=student)
+    shutil.copytree(last.parents[1], tmp_path / "runs" / "again")
+    resume(last, teacher=str(tmp_path / "moved.pt"))
+    assert "not the network that the run began with" not in caplog.text
+    trainer = resume(tmp_path / "runs" / "again" / "weights" / "last.pt", teacher=str(tmp_path / "other.pt"))
+    assert "other.pt: not the network that the run began with" in caplog.text
+    known = [not math.isnan(row["train/classmap_share"]) for row in table(trainer)]
+    assert known == [True, False, False]
+    assert all(row["train/P3_share"] > 0 for row in table(trainer))
+
+
+def test_class_maps_of_classes_that_are_left_out_are_not_taught(
+    train: Train, student: str, teacher: DetectionModel
+) -> None:
+    """The teacher knows 7, 0, 3, 9 and 1."""
+    assert train(model=student, teacher=teacher, cwd="balanced", classes=[3, 4, 9]).classes == [3, 9]
+
+
 def test_a_term_that_gets_no_gradient_is_told(
     train: Train, student: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,11 +328,11 @@ def test_the_preparation_takes_fewer_images_if_memory_runs_out(
 ) -> None:
     sizes: list[int] = []
 
-    def measure_few(criterion: Any, model: Any, teacher: Any, batch: dict[str, Any]) -> None:
+    def measure_few(criterion: Any, model: Any, teacher: Any, batch: dict[str, Any], scale: float) -> None:
         sizes.append(len(batch["img"]))
         if len(batch["img"]) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        measure(criterion, model, teacher, batch)
+        measure(criterion, model, teacher, batch, scale)
 
     monkeypatch.setattr("yolo_cwd.method.prepare.measure", measure_few)
     trainer = train(model=student, cwd="balanced", adapter="fitted")

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,6 +259,20 @@ def test_only_the_last_epochs_are_kept() -> None:
     assert list(state.epochs) == [2, 3]
     with pytest.raises(ConfigError, match=r"cwd.pt is of epoch 3 and 4, the checkpoint of 1; resume from last.pt"):
         state.restore(0, adapters, torch.optim.SGD(adapters.parameters()))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_counter_is_restored_where_the_optimizer_keeps_it(fused: bool) -> None:
+    """On the device if it is fused, as Ultralytics has it on GPUs; the device `meta` stands for one."""
+    adapters = nn.ModuleList([nn.Conv2d(2, 3, 1, device="meta")])
+    parameters = list(adapters.parameters())
+    moments = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(1, 1)}
+    state = RunState({}, {0: {"adapters": adapters.state_dict(), "optimizer": [moments] * 2}})
+    optimizer: Any = SimpleNamespace(param_groups=[{"params": parameters, "fused": fused}], state={})
+    state.restore(0, adapters, optimizer)
+    for parameter in parameters:
+        placed = {name: value.device.type for name, value in optimizer.state[parameter].items()}
+        assert placed == {"step": "meta" if fused else "cpu", "exp_avg": "meta"}
 
 
 def words_of(data: str, folder: Path, **more: Any) -> list[str]:

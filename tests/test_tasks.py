@@ -200,6 +200,21 @@ def test_a_tap_is_pickled_as_a_hook_that_does_nothing() -> None:
     assert torch.equal(copied(received[0][0]), received[0][0])
 
 
+def test_maps_of_a_step_that_failed_are_forgotten(train: Train, students: dict[str, str], sets: dict[str, str]) -> None:
+    """After running out of memory Ultralytics begins the epoch again."""
+    left: list[Any] = []
+
+    def fail(trainer: CWDTrainer) -> None:
+        trainer.criterion.features.__self__._maps = ["a graph"]
+
+    callbacks = {
+        "on_train_epoch_start": fail,
+        "on_train_batch_start": lambda trainer: left.append(trainer.criterion.features.__self__._maps),
+    }
+    train(model=students["semantic"], data=sets["semantic"], teacher=students["semantic"], callbacks=callbacks)
+    assert left[0] is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["semantic"])
 def test_a_task_is_compiled(

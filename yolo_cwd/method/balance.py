@@ -67,36 +67,31 @@ class GradientMeter:
     def note(self, i: int, task: Tensor, ours: Tensor) -> None:
         """Record the gradients that the task's loss and a weighted divergence send to the same maps."""
         with torch.no_grad():
-            self._step[i] += torch.stack([g.float().square().sum() for g in (task, ours)])
+            self._step[i] += squared_norms(task, ours)
 
-    def step(self, weights: Tensor) -> None:
+    def step(self, weights: Tensor, scale: Tensor | float = 1.0) -> None:
         """Update the means from what was recorded since the last optimizer step, in all processes together.
 
         Args:
             weights: The weights [K] that the divergences had in that time.
+            scale: The loss scale that the gradients carry.
         """
-        squares = self._gathered()
+        squares = _of_all_processes(self._step) / scale**2
+        self._step.zero_()
         self._epoch += torch.where(_usable(squares), squares, 0)
         self._move(torch.stack([squares[:, 0], squares[:, 1] / weights.square()], 1))
 
-    def sample(self, weights: Callable[[], Tensor]) -> None:
-        """Update the means from gradients with weight 1 that were recorded outside a step.
+    def sample(self, squares: Tensor, weights: Callable[[], Tensor]) -> None:
+        """Update the means from gradients that were taken outside a step, which may be due with some batches recorded.
 
         Args:
+            squares: Their squared norms [K, 2]: the task's, and those of divergences with weight 1.
             weights: Returns the weights [K] that result.
         """
-        squares = self._gathered()
+        squares = _of_all_processes(squares)
         self._move(squares)
         weighted = torch.stack([squares[:, 0], squares[:, 1] * weights().square()], 1)
         self._epoch += torch.where(_usable(squares), weighted, 0)
-
-    def _gathered(self) -> Tensor:
-        """Return the squares [K, 2], summed over all processes, since the last call."""
-        if dist.is_initialized():
-            dist.all_reduce(self._step)
-        squares = self._step.clone()
-        self._step.zero_()
-        return squares
 
     def _move(self, squares: Tensor) -> None:
         before = torch.where(self.means > 0, self.means, squares)
@@ -117,6 +112,27 @@ class GradientMeter:
         task, ours = self._epoch.unbind(1)
         values = (ours / task).sqrt().nan_to_num(posinf=0).tolist()
         return dict(zip(self.names, values, strict=True))
+
+
+def clip_gradients(parameters: Sequence[Tensor], most: Tensor) -> None:
+    """Scale the gradients of parameters such that their norm is at most a value that stays on the device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients:
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
+
+
+def squared_norms(*gradients: Tensor) -> Tensor:
+    """Return the squared norm of each gradient, in float32."""
+    return torch.stack([gradient.float().square().sum() for gradient in gradients])
+
+
+def _of_all_processes(squares: Tensor) -> Tensor:
+    """Return squares summed over all processes."""
+    squares = squares.clone()
+    if dist.is_initialized():
+        dist.all_reduce(squares)
+    return squares
 
 
 def _usable(squares: Tensor) -> Tensor:

@@ -214,6 +214,7 @@ class CWDLoss:
         self.normalize = normalize
         self.weight = weight
         self.classes = list(classes) if class_weight else []
+        self._chosen = torch.tensor(self.classes, dtype=torch.long, device=device)
         names = [level.name for level in self.levels] + [CLASS_MAPS] * bool(self.classes)
         self.meter = GradientMeter(names, device)
         weights = [*(level_weights or [1.0] * len(self.levels)), class_weight][: len(names)]
@@ -312,11 +313,12 @@ class CWDLoss:
             return found
         sizes = [maps.shape[-2:].numel() for maps in features]
         sizes = sizes[:1] if scores.ndim == 4 else sizes
+        chosen = self._chosen = self._chosen.to(scores.device)
 
         def divergence(leaf: Tensor) -> Tensor:
             ours, theirs = torch.split(leaf.flatten(2), sizes, dim=-1), lesson.classes  # [N, classes, HW] a level
             shown = [x for x in self.levels if x.student_index < len(ours) and x.teacher_index < len(theirs)]
-            pairs = [(ours[x.student_index][:, self.classes], theirs[x.teacher_index].flatten(2)) for x in shown]
+            pairs = [(ours[x.student_index].index_select(1, chosen), theirs[x.teacher_index].flatten(2)) for x in shown]
             return torch.stack([channel_wise_divergence(s, t, self.tau) for s, t in pairs]).sum()
 
         return [*found, _Known.apply([value_and_gradient(divergence, scores, [])], scores)]

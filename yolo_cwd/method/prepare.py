@@ -9,7 +9,7 @@ that starts at random takes epochs to fit, and pushes the student in random dire
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -22,11 +22,13 @@ from ultralytics.utils import LOCAL_RANK, RANK
 from ultralytics.utils.torch_utils import autocast, unwrap_model
 
 from yolo_cwd.config import ConfigError
+from yolo_cwd.method.balance import squared_norms
 from yolo_cwd.method.fpn import modes_untouched, student_scores
 from yolo_cwd.method.loss import CWDLoss
 from yolo_cwd.method.teacher import Teacher
 from yolo_cwd.run import distributed
 
+OUT_OF_MEMORY = ("out of memory", "alloc_failed", "cudnn_status_internal_error", "unable to find an engine")
 RIDGE = 1e-2  # as a share of the mean variance of the student's channels
 FITTED = 8  # batches for the regression
 MEASURED = 2  # batches for the first measurement of the gradients
@@ -63,7 +65,7 @@ def prepare(trainer: Any, criterion: CWDLoss) -> list[float]:
         try:
             return _prepare(trainer, criterion, size)
         except RuntimeError as error:
-            if RANK != -1 or size < 2 or "out of memory" not in str(error).lower():
+            if RANK != -1 or size < 2 or not any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
                 raise
         size //= 2  # few images do as well here; if the training needs less too, Ultralytics will find out
         trainer._clear_memory()
@@ -79,7 +81,7 @@ def _prepare(trainer: Any, criterion: CWDLoss, size: int) -> list[float]:
         if criterion.balanced.any():
             most, done = MEASURED if trainer.cwd.pool_weight else MOST_MEASURED, 0
             while done < MEASURED or (done < most and not criterion.meter.means.any()):
-                measure(*parts, next(batches))
+                measure(*parts, next(batches), trainer.scaler.get_scale())
                 done += 1
     return explained
 
@@ -122,9 +124,9 @@ class Regression:
         if dist.is_initialized():
             for value in self._sums:
                 dist.all_reduce(value)
-        gram, cross, total = (value.double() for value in self._sums)
+        gram, cross, total = (value.cpu().double() for value in self._sums)  # small, and not every device has float64
         ridge = RIDGE * gram.diagonal().mean() + torch.finfo(torch.float32).tiny
-        weights = torch.linalg.solve(gram + ridge * torch.eye(len(gram), device=gram.device, dtype=gram.dtype), cross)
+        weights = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), cross)
         left = total - 2 * (weights * cross).sum() + (weights * (gram @ weights)).sum()
         return weights.T.float(), float(1 - left / total)
 
@@ -169,7 +171,9 @@ def fit(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batches: Itera
     return explained
 
 
-def measure(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batch: dict[str, Any]) -> None:
+def measure(
+    criterion: CWDLoss, student: nn.Module, teacher: Teacher, batch: dict[str, Any], scale: float = 1.0
+) -> None:
     """Record the gradients of one batch in a criterion's meter, without a step.
 
     This is needed before the first step, and where the gradients of a step cannot be watched: inside a compiled graph.
@@ -179,6 +183,7 @@ def measure(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batch: dic
         student: The student, not compiled.
         teacher: The teacher.
         batch: A batch on the device, with images [N, 3, H, W] in 0 to 1 and their labels.
+        scale: The loss scale of the training; a smaller one is taken if gradients overflow.
     """
     images, lesson = batch["img"], teacher.lesson(batch["img"])
     with torch.enable_grad(), statistics_untouched(student):
@@ -187,12 +192,22 @@ def measure(criterion: CWDLoss, student: nn.Module, teacher: Teacher, batch: dic
         features, scores = _pyramid(criterion, preds), student_scores(preds) if criterion.classes else None
         maps = [features[level.student_index] for level in criterion.levels] + ([] if scores is None else [scores])
         divergences = criterion.compare(features, scores, lesson)
-        known = [(i, m) for i, m in enumerate(maps) if m.requires_grad]
-        of_task = torch.autograd.grad(loss.sum(), [m for _, m in known], retain_graph=True, materialize_grads=True)
-        of_ours = [torch.autograd.grad(divergences[i] * len(images), m)[0] for i, m in known]
-    for (i, _), task, ours in zip(known, of_task, of_ours, strict=True):
-        criterion.meter.note(i, task, ours)
-    criterion.meter.sample(lambda: criterion.weights)
+        losses = loss.sum(), [divergence * len(images) for divergence in divergences]
+        while not (squares := _squares(*losses, maps, scale)).isfinite().all() and scale > 1:
+            scale = max(1.0, scale / 16)
+    criterion.meter.sample(squares, lambda: criterion.weights)
+
+
+def _squares(task: Tensor, divergences: Sequence[Tensor], maps: Sequence[Tensor], scale: float) -> Tensor:
+    """Return the squared norms [K, 2] of the gradients that the task's loss and each divergence send to its maps."""
+    known = [(i, m) for i, m in enumerate(maps) if m.requires_grad]
+    options: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
+    of_task = torch.autograd.grad(task * scale, [m for _, m in known], **options)
+    squares = torch.zeros(len(maps), 2, device=task.device)
+    for (i, m), of_map in zip(known, of_task, strict=True):
+        (of_ours,) = torch.autograd.grad(divergences[i] * scale, m, **options)
+        squares[i] = squared_norms(of_map, of_ours) / scale**2
+    return squares
 
 
 def _pyramid(criterion: CWDLoss, preds: Any) -> list[Tensor]:

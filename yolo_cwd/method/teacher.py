@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
@@ -27,6 +28,7 @@ from yolo_cwd.method.parallel import cores, in_parts
 GRID = 32  # image sizes are multiples of this, whichever levels a head receives
 LETTERBOX_GRAY = 114 / 255  # the value that Ultralytics pads images with
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HASHED = 16  # weights of every parameter that tell one network from another
 MAX_ERROR = 0.02  # the largest relative error of a feature map that still counts as accurate
 TRIAL_SIZE = 192  # pixels of the longer side on a CPU: enough to measure the error, in a fraction of the time
 PART_PIXELS = 2**18  # pixels that a CPU core takes through the teacher at once: 2 images of 320 x 320
@@ -83,6 +85,7 @@ class Teacher(nn.Module):
         taps: The maps of its pyramid by stride.
         image_channels: Channels of the images it takes.
         names: Its classes by index.
+        content: A hash of its weights, to tell it from another network.
         head: The head that was cut off; None if the network is not one of Ultralytics', and after `settle`.
         parameter_count: Parameters of the whole model, including the head.
         precision: The precision it calculates in.
@@ -104,6 +107,7 @@ class Teacher(nn.Module):
         body: Any = _without_masks(model).float().eval().requires_grad_(False)
         body.__dict__.pop("criterion", None)
         self.taps = pyramid_taps(body, argument)
+        self.content = _content_of(body)
         self.parameter_count = sum(p.numel() for p in body.parameters())
         self.image_channels = image_channels(body)
         self.names: dict[int, str] = dict(getattr(body, "names", {}))
@@ -300,6 +304,14 @@ def _fast_precisions(device: torch.device) -> list[str]:
     return []
 
 
+def _content_of(model: nn.Module) -> str:
+    """Return a hash of the first weights of every layer."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().flatten()[:HASHED].cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _relative_error(maps: Tensor, reference: Tensor) -> float:
     error = float((maps.float() - reference).norm() / reference.norm())
     return error if error < float("inf") else float("inf")  # covers not-a-number too
@@ -320,14 +332,14 @@ class _HeadInputs(nn.Module):
         super().__init__()
         self.__dict__.update(f=head.f, i=head.i, type=head.type)  # how a YOLO model routes its layers
         self.branches = nn.ModuleList()
-        self.classes: list[int] = []
+        self.register_buffer("classes", None, persistent=False)  # on the device: a list would wait to be copied there
 
     def show(self, branches: nn.ModuleList, classes: list[int]) -> None:
-        self.branches, self.classes = branches, classes
+        self.branches, self.classes = branches, torch.tensor(classes)
 
     def forward(self, maps: Iterable[Tensor], *_: Any) -> list[Tensor]:  # RT-DETR's also receives the batch
         maps = list(maps)
-        shown = [branch(m)[:, self.classes] for branch, m in zip(self.branches, maps, strict=False)]
+        shown = [branch(m).index_select(1, self.classes) for branch, m in zip(self.branches, maps, strict=False)]
         return [*maps, *shown]
 
 

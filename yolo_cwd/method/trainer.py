@@ -19,16 +19,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.modules.head import Detect
-from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_cwd import digits
 from yolo_cwd.config import ConfigError
 from yolo_cwd.method import columns
+from yolo_cwd.method.balance import clip_gradients
 from yolo_cwd.method.fpn import (
     HeadTap,
     Level,
@@ -50,6 +52,7 @@ from yolo_cwd.run import distributed, request
 from yolo_cwd.run.refusal import require_autocast, require_streams, unusable_student
 from yolo_cwd.tasks import task_of_trainer
 
+OTHER_TEACHER = "not the network that the run began with, and to which its adapters have been fitted; better begin anew"
 STUDENT_CLIP_NORM = 10.0  # what Ultralytics clips the student's gradient norm to
 
 
@@ -115,7 +118,7 @@ class DistillingTrainer(PooledTrainer):
         if self.criterion is not None and self.criterion.weight and self._batches % self.cwd.cwd_every == 0:
             # what flows inside a compiled graph cannot be watched, nor a term without a weight
             if self._batches == 0 and ((self.args.compile and self.cwd.balanced) or self.criterion.unknown):
-                measure(self.criterion, unwrap_model(self.model), self.teacher, batch)
+                measure(self.criterion, unwrap_model(self.model), self.teacher, batch, self.scaler.get_scale())
             batch["lesson"] = self.teacher.lesson(batch["img"])
         self._batches += 1
         return batch
@@ -126,11 +129,12 @@ class DistillingTrainer(PooledTrainer):
         By its own norm, so that the student is clipped as it would be without adapters. The gradients still carry the
         loss scale here, and so does the bound.
         """
+        scale = self.scaler.scale(torch.ones((), device=self.device))  # read as a number, it would wait for the step
         if self.criterion is not None and self.cwd.cwd:
-            self.criterion.meter.step(self.criterion.weights)
+            self.criterion.meter.step(self.criterion.weights, scale)
         if adapters := list(self.adapters.parameters()):
             distributed.average_gradients(adapters)
-            nn.utils.clip_grad_norm_(adapters, max_norm=STUDENT_CLIP_NORM * self.scaler.get_scale())
+            clip_gradients(adapters, STUDENT_CLIP_NORM * scale)
         super().optimizer_step()
 
     def get_model(self, cfg: Any = None, weights: nn.Module | None = None, verbose: bool = True) -> nn.Module:
@@ -161,9 +165,14 @@ class DistillingTrainer(PooledTrainer):
         if self.cwd.cwd:
             self.class_weight = self.cwd.class_share / self.cwd.strength
             if self.class_weight and self._class_maps_agree():
-                self.classes = self.teacher.show_classes([name for _, name in sorted(self.data["names"].items())])
+                self.classes = self.teacher.show_classes(self._trained_classes())
             self.teacher.settle(self.device, beside=self.cwd.teacher_forward == "stream")
         return checkpoint
+
+    def _trained_classes(self) -> list[str]:
+        """Return the data's classes by index, without the names of those that the argument `classes` leaves out."""
+        left_out = self.data["names"].keys() - set(np.ravel(self.args.classes)) if self.args.classes is not None else ()
+        return ["" if i in left_out else name for i, name in sorted(self.data["names"].items())]
 
     def _class_maps_agree(self) -> bool:
         """Return whether the class maps of both sides mean the same, and lie at a level that is distilled."""
@@ -233,17 +242,21 @@ class DistillingTrainer(PooledTrainer):
                 self.teacher.speed_up(self.device)
         if self.cwd.cwd and self.resume:
             self.criterion.meter.restore(self.state.measured)
+            if self.state.teacher not in {"", self.teacher.content}:
+                LOGGER.warning(f"{colorstr('CWD:')} {self.teacher.argument}: {OTHER_TEACHER}")
         elif self.cwd.cwd:
             self.explained = prepare(self, self.criterion)
         begun_with = unwrap_model(self.model).yaml.get("yaml_file") if self.resume else self.args.model
         begun_with = self.state.options.get("student") or str(begun_with)
         self.state.options = request.plain_options(self.cwd, begun_with, [level.stride for level in self.levels])
+        self.state.teacher = self.teacher.content
         if self.cwd.cwd:  # a resumed run keeps the precision, wherever it continues
             self.state.options["teacher_dtype"] = self.teacher.precision.name
 
     def _begin_epoch(self) -> None:
         assert self.criterion is not None
         self.teacher.eval().requires_grad_(False)  # whatever a callback has done to it
+        self.criterion.features(None)  # forget the maps of a step that ran out of memory
         self.criterion.begin_epoch(self.cwd.weight(self.epoch, self.epochs) * self.cwd.cwd_every)
         self._batches = 0
 

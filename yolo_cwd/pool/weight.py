@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,18 +74,19 @@ class PoolWeight:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what some images of a batch contribute to its loss and its items."""
         whole = len(batch["im_file"])
-        loss, items = criterion(predictions_of(preds, images, whole), self.batch_of(batch, images))
+        part = Part(images, torch.tensor(images, device=batch["img"].device), whole)
+        loss, items = criterion(tree_map_only(Tensor, part.of, preds), self.batch_of(batch, part))
         share = weight * len(images) / whole
         return weight * loss, {name: share * item for name, item in items.items()}
 
-    def batch_of(self, batch: dict[str, Any], images: list[int]) -> dict[str, Any]:
-        """Return a batch of some of the images [M], as Ultralytics would have collated them."""
-        whole, index = len(batch["im_file"]), batch.get("batch_idx")
-        part = {name: _chosen(value, images, whole) for name, value in batch.items()}
+    def batch_of(self, batch: dict[str, Any], images: Part) -> dict[str, Any]:
+        """Return a batch of some of the images, as Ultralytics would have collated them."""
+        index = batch.get("batch_idx")
+        part = {name: images.of(value) for name, value in batch.items()}
         if index is None:
             return part
-        number = torch.full((whole,), -1, device=index.device)
-        number[images] = torch.arange(len(images), device=index.device)
+        number = torch.full((images.whole,), -1, device=index.device)
+        number[images.where.to(index.device)] = torch.arange(len(images.numbers), device=index.device)
         theirs = number[index.flatten().long()] >= 0
         for name in OBJECTS | (set() if self.overlap else {"masks"}):
             if isinstance(batch.get(name), Tensor):
@@ -101,18 +102,26 @@ class PoolWeight:
         dataset.transforms.insert(0, mates)
 
 
-def predictions_of(preds: Any, images: Sequence[int], whole: int) -> Any:
-    """Return the predictions for some images out of those for the whole number of them."""
-    return tree_map_only(Tensor, lambda value: _chosen(value, images, whole), preds)
+class Part(NamedTuple):
+    """Some images of a batch.
 
+    Attributes:
+        numbers: Their numbers.
+        where: The same on the device of the batch, copied there once.
+        whole: The number of all images.
+    """
 
-def _chosen(value: Any, images: Sequence[int], whole: int) -> Any:
-    """Return the part of a value that belongs to some images; a value that is not one for each image as it is."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == whole:
-        return value[torch.as_tensor(images, device=value.device)]
-    if type(value) in {list, tuple} and len(value) == whole:
-        return type(value)(value[i] for i in images)
-    return value
+    numbers: Sequence[int]
+    where: Tensor
+    whole: int
+
+    def of(self, value: Any) -> Any:
+        """Return the part of a value that belongs to the images; a value that is not one for each image as it is."""
+        if isinstance(value, Tensor) and value.ndim and len(value) == self.whole:
+            return value[self.where.to(value.device)]
+        if type(value) in {list, tuple} and len(value) == self.whole:
+            return type(value)(value[i] for i in self.numbers)
+        return value
 
 
 def _mixing(transform: Any) -> Iterator[BaseMixTransform]:

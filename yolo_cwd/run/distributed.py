@@ -34,7 +34,7 @@ from yolo_cwd.config import ConfigError
 
 WORLD_SIZE = int(os.getenv("WORLD_SIZE", "1"))
 WORLD_SIZE_HERE = int(os.getenv("LOCAL_WORLD_SIZE", "1"))  # on this machine
-TIMEOUT = timedelta(minutes=30)  # how long the others wait for a process that is silent but has not ended
+TIMEOUT = timedelta(hours=3)  # how long the others wait for a process that is silent, as in Ultralytics
 LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "socket", "nccl")
 
 

@@ -126,12 +126,17 @@ def drop_rows_after(table: Path, epoch: int) -> None:
     write_whole(table, "\n".join([header, *kept]) + "\n")
 
 
-def widen(table: Path, columns: Sequence[str]) -> None:
-    """Give a `results.csv` these columns, with nan in its old rows: a newer release may resume a run."""
+def widen(table: Path, columns: Sequence[str]) -> list[str]:
+    """Give a `results.csv` these columns, with nan in its old rows, and return all that it has, others last.
+
+    A newer release may resume a run, or another teacher with other classes take over.
+    """
     if not table.exists():
-        return
+        return list(columns)
     with table.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    if rows and list(rows[0]) != list(columns):
+    columns = list(dict.fromkeys([*columns, *(rows[0] if rows else ())]))
+    if rows and list(rows[0]) != columns:
         lines = [",".join(row.get(name) or "nan" for name in columns) for row in rows]
         write_whole(table, "\n".join([",".join(columns), *lines]) + "\n")
+    return columns

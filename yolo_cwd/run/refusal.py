@@ -12,6 +12,7 @@ from typing import Any
 from yolo_cwd.config import ConfigError, first_line, unusable_data, unusable_model
 
 PLACES = {"get_dataset": "data", "get_dataloader": "data", "setup_model": "model"}  # what each function works on
+PACKAGES = {"modelopt": "nvidia-modelopt"}  # where the name of a module is not that of its package
 OPTIMIZERS = "auto, SGD, MuSGD, Adam, Adamax, AdamW, NAdam, RAdam, RMSProp"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # these end any training, even one that has begun
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.ENOTDIR}
@@ -37,6 +38,11 @@ def refusal(error: BaseException, arguments: Mapping[str, Any]) -> ConfigError:
         return ConfigError(
             f"optimizer={arguments.get('optimizer')}: there is none of this name; give one of {OPTIMIZERS}"
         )
+    if isinstance(error, ModuleNotFoundError):
+        quantized = error.name == "modelopt" and "quantize" in arguments
+        what = f"quantize={arguments['quantize']}" if quantized else error.name
+        package = PACKAGES.get(str(error.name), error.name)
+        return ConfigError(f"{what}: needs the package {package}, which is not installed; pip install {package}")
     return ConfigError(first_line(error))
 
 

@@ -246,6 +246,11 @@ def refuse_unsupported(args: Any) -> None:
         ),
         (
             "batch",
+            args.batch >= 1 and args.batch != int(args.batch),
+            "must be a whole number of images, or a share of the memory below 1",
+        ),
+        (
+            "batch",
             args.batch >= 1 and args.batch % processes != 0,
             f"does not divide over {processes} processes; give a multiple of {processes}",
         ),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +84,8 @@ class ResumableTrainer(distributed.ProcessTrainer):
         ours = self.own_columns()
         metrics = dict(sorted(metrics.items(), key=lambda item: item[0] in ours))
         if self.resume:
-            widen(self.csv, ["epoch", "time", *metrics])
+            _, _, *columns = widen(self.csv, ["epoch", "time", *metrics])
+            metrics = {name: metrics.get(name, math.nan) for name in columns}
         super().save_metrics(metrics)
 
     def final_eval(self) -> None:

@@ -32,6 +32,7 @@ class RunState:
         measured: What the gradient meter had measured at the end of the restored epoch.
         start: For each level, the divergence of every channel on a few images before training [N, C]; empty without
             `plots`.
+        teacher: What tells the run's teacher from another network; empty if that is not known.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class RunState:
         options: Mapping[str, Any],
         epochs: Mapping[int, Any] | None = None,
         start: Mapping[str, Tensor] | None = None,
+        teacher: str = "",
     ) -> None:
         """Start with what is known so far."""
         self.measured: list[list[float]] = []
         self.options = dict(options)
         self.epochs: dict[int, Any] = dict(epochs or {})
         self.start: dict[str, Tensor] = dict(start or {})
+        self.teacher = teacher
 
     def remember(
         self, epoch: int, adapters: nn.Module, optimizer: torch.optim.Optimizer, measured: Sequence[Any] = ()
@@ -76,20 +79,31 @@ class RunState:
             )
         adapters.load_state_dict(saved["adapters"])
         self.measured = saved.get("measured", [])
+        on_device = _counts_on_device(optimizer, adapters)
         for parameter, moments in zip(adapters.parameters(), saved["optimizer"], strict=True):
-            optimizer.state[parameter] = {name: _beside(parameter, value) for name, value in moments.items()}
+            optimizer.state[parameter] = {n: _placed(parameter, value, on_device) for n, value in moments.items()}
 
     def save(self, folder: Path) -> None:
         """Write the file into the folder of the checkpoints."""
         buffer = io.BytesIO()
-        torch.save({"options": self.options, "epochs": self.epochs, "start": self.start}, buffer)
+        content = {"options": self.options, "epochs": self.epochs, "start": self.start, "teacher": self.teacher}
+        torch.save(content, buffer)
         write_whole(folder / FILE, buffer.getvalue())
 
 
-def _beside(parameter: Tensor, value: Any) -> Any:
+def _counts_on_device(optimizer: torch.optim.Optimizer, adapters: nn.Module) -> bool:
+    """Return whether an optimizer keeps the step counters of the adapters on their device, as a fused one does."""
+    ours = set(adapters.parameters())
+    return any(
+        g.get("fused") or g.get("capturable") for g in optimizer.param_groups if not ours.isdisjoint(g["params"])
+    )
+
+
+def _placed(parameter: Tensor, value: Any, on_device: bool) -> Any:
+    """Return a saved value of an optimizer's state for a parameter; a step counter is the one without dimensions."""
     if not isinstance(value, Tensor):
         return value
-    return value.to(parameter.device if value.ndim else value.device, copy=True)  # step counters live on the CPU
+    return value.to(parameter.device if value.ndim or on_device else value.device, copy=True)
 
 
 def _to_cpu(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +125,7 @@ def load_state(checkpoint: Path) -> RunState:
     remove_leftovers(checkpoint.parent)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        return RunState(content["options"], content["epochs"], content.get("start"))
+        return RunState(content["options"], content["epochs"], content.get("start"), content.get("teacher", ""))
     except Exception as error:
         raise ConfigError(
             f"resume={checkpoint}: {FILE} cannot be read, it is torn or no state of a run; 'yolo train resume' "

@@ -15,8 +15,8 @@ OTHER_CLASSES = "the teacher's classes are not those of the data; a teacher trai
 
 
 def attach(trainer: Any) -> None:
-    """Make a `DistillingTrainer` say and show what it does, in the first process only."""
-    if RANK not in {-1, 0}:
+    """Make a `DistillingTrainer` say and show what it does, in the first of the processes that train."""
+    if RANK not in {-1, 0} or trainer.ddp:  # a launching one hands its callbacks on to all that it starts
         return
     trainer.add_callback("on_train_start", announce)
     at_end = [conclude]

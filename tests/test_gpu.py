@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SHORT, STUDENT, TEACHER, settled
+from test_state import interrupted, resume
+from test_trainer import rows
 from ultralytics import YOLO
 
 from yolo_cwd import CWDTrainer
@@ -185,6 +187,19 @@ def test_a_stream_of_its_own_for_the_teacher_changes_no_loss(
     assert len(found["stream"]) == 16
     for ours, theirs in zip(found["stream"], found["eager"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-2 if amp else 1e-4)
+
+
+def test_a_training_with_the_defaults_is_taught_at_every_level_and_resumes(
+    train: Train, teacher: str, tmp_path: Path
+) -> None:
+    """At 640 pixels sums over positions exceed float16; Ultralytics' AdamW is a fused one here."""
+    options = {"cwd": "balanced", "adapter": "fitted", "schedule": "cosine", "imgsz": 640, "batch": 8, "amp": True}
+    last = interrupted(train, tmp_path, 2, epochs=3, teacher=teacher, device=DEVICE, **options)
+    trainer = resume(last)
+    assert trainer.start_epoch == 2
+    assert trainer.criterion.unknown == []
+    assert all(p.isfinite().all() for p in trainer.adapters.parameters())
+    assert all(row[f"train/{level}_share"] > 0 for row in rows(trainer)[:2] for level in ("P3", "P4", "P5"))
 
 
 def test_memory_is_returned(train: Train, teacher: str, device: torch.device) -> None:

@@ -104,9 +104,7 @@ class ResumableTrainer(distributed.ProcessTrainer):
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
         with self._adapters_set_aside():
             super()._load_checkpoint_state(ckpt)
-        self.state.epochs = distributed.agree(
-            self.state.epochs
-        )  # while training, the first process alone remembers them
+        self.state.epochs = distributed.agree(self.state.epochs)  # the first process alone remembers what it saves
         self.state.restore(ckpt["epoch"], self.adapters, self.optimizer)
 
     @contextmanager

@@ -99,7 +99,7 @@ def _usual_confidence(teacher: YOLO, settings: Settings, args: Any) -> float:
     if not args.data:
         return 0.0
     held_out = images_of_data(check_det_dataset(str(args.data))).held_out
-    images = evenly([image for image in held_out if is_readable(image)], COMPARED)
+    images = [image for image in evenly(held_out, COMPARED) if is_readable(image)]
     asked = {"conf": settings.pool_conf, "imgsz": args.imgsz, "device": args.device, "verbose": False, "save": False}
     found = [result.obb or result.boxes for image in images for result in teacher.predict(str(image), **asked)]
     confidences = [x for boxes in found if boxes is not None for x in boxes.conf.tolist()]

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from yolo_cwd.run import distributed
 
 MOMENTUM = 0.9  # of the running means: one step is noisy, but a few are as good as many
 
@@ -76,7 +77,7 @@ class GradientMeter:
             weights: The weights [K] that the divergences had in that time.
             scale: The loss scale that the gradients carry.
         """
-        squares = _of_all_processes(self._step) / scale**2
+        squares = distributed.summed(self._step) / scale**2
         self._step.zero_()
         self._epoch += torch.where(_usable(squares), squares, 0)
         self._move(torch.stack([squares[:, 0], squares[:, 1] / weights.square()], 1))
@@ -88,7 +89,7 @@ class GradientMeter:
             squares: Their squared norms [K, 2]: the task's, and those of divergences with weight 1.
             weights: Returns the weights [K] that result.
         """
-        squares = _of_all_processes(squares)
+        squares = distributed.summed(squares)
         self._move(squares)
         weighted = torch.stack([squares[:, 0], squares[:, 1] * weights().square()], 1)
         self._epoch += torch.where(_usable(squares), weighted, 0)
@@ -125,14 +126,6 @@ def clip_gradients(parameters: Sequence[Tensor], most: Tensor) -> None:
 def squared_norms(*gradients: Tensor) -> Tensor:
     """Return the squared norm of each gradient, in float32."""
     return torch.stack([gradient.float().square().sum() for gradient in gradients])
-
-
-def _of_all_processes(squares: Tensor) -> Tensor:
-    """Return squares summed over all processes."""
-    squares = squares.clone()
-    if dist.is_initialized():
-        dist.all_reduce(squares)
-    return squares
 
 
 def _usable(squares: Tensor) -> Tensor:

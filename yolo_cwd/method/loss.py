@@ -313,7 +313,7 @@ class CWDLoss:
             return found
         sizes = [maps.shape[-2:].numel() for maps in features]
         sizes = sizes[:1] if scores.ndim == 4 else sizes
-        chosen = self._chosen = self._chosen.to(scores.device)
+        chosen = self._chosen.to(scores.device)
 
         def divergence(leaf: Tensor) -> Tensor:
             ours, theirs = torch.split(leaf.flatten(2), sizes, dim=-1), lesson.classes  # [N, classes, HW] a level

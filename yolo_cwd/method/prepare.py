@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from ultralytics.utils import LOCAL_RANK, RANK
 from ultralytics.utils.torch_utils import autocast, unwrap_model
@@ -121,10 +120,8 @@ class Regression:
 
     def solve(self) -> tuple[Tensor, float]:
         """Return the weights [D, C] for the data of all processes, and the share of the variance that they explain."""
-        if dist.is_initialized():
-            for value in self._sums:
-                dist.all_reduce(value)
-        gram, cross, total = (value.cpu().double() for value in self._sums)  # small, and not every device has float64
+        sums = map(distributed.summed, self._sums)
+        gram, cross, total = (value.cpu().double() for value in sums)  # small, and not every device has float64
         ridge = RIDGE * gram.diagonal().mean() + torch.finfo(torch.float32).tiny
         weights = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), cross)
         left = total - 2 * (weights * cross).sum() + (weights * (gram @ weights)).sum()

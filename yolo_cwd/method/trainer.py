@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from ultralytics.cfg import get_cfg
@@ -171,8 +170,7 @@ class DistillingTrainer(PooledTrainer):
 
     def _trained_classes(self) -> list[str]:
         """Return the data's classes by index, without the names of those that the argument `classes` leaves out."""
-        left_out = self.data["names"].keys() - set(np.ravel(self.args.classes)) if self.args.classes is not None else ()
-        return ["" if i in left_out else name for i, name in sorted(self.data["names"].items())]
+        return [name if request.is_trained(i, self.args) else "" for i, name in sorted(self.data["names"].items())]
 
     def _class_maps_agree(self) -> bool:
         """Return whether the class maps of both sides mean the same, and lie at a level that is distilled."""

@@ -21,7 +21,7 @@ from ultralytics.utils.ops import xywh2xyxy
 from yolo_cwd.config import ConfigError, Settings, listed, unusable_data
 from yolo_cwd.pool import store
 from yolo_cwd.pool.images import READERS, fingerprint, identity, images_of_data, list_images, with_progress
-from yolo_cwd.pool.labels import MAPS, Own, corners_of
+from yolo_cwd.pool.labels import MAPS, Form, Own, corners_of
 from yolo_cwd.pool.plan import Plan, changed, folder_of, form_of, plan_of, whole_teacher
 from yolo_cwd.pool.store import Pool
 from yolo_cwd.run.distributed import first_here_first
@@ -139,7 +139,7 @@ def _lists(folder: Path, teacher: YOLO, data: dict[str, Any], settings: Settings
     description = store.described(data)
     key = fingerprint(what, args.fraction, bool(args.single_cls), description)[:16]
     file = folder / "lists" / f"{key}.json"
-    if store.is_whole(file, "labels", teacher.task):
+    if store.is_whole(file, Form(teacher.task, {})):
         return file
     read = _read(images, teacher, data, settings, args)
     form = form_of(teacher, data, settings, read.classes)

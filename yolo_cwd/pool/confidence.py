@@ -30,6 +30,7 @@ from yolo_cwd.pool.labels import MAPS, ROWS, Array, Form
 from yolo_cwd.pool.plan import Plan, folder_of, form_of, plan_of
 from yolo_cwd.run.distributed import first_here_first
 from yolo_cwd.run.files import write_whole
+from yolo_cwd.run.request import is_trained
 
 FLOOR = 0.01  # lowest confidence that is looked at
 STEPS = 1000  # to 1: a confidence that is chosen has three decimals
@@ -162,16 +163,11 @@ def _plan(settings: Settings, task: str, args: Any) -> tuple[Plan, dict[str, Any
             teacher, data = complete.teacher_and_data(settings, task, args)
         classes = complete.classes_to_add(teacher, data["names"], set())
         plan = Plan(teacher, settings, form_of(teacher, data, settings, classes), args, Path())
-    classes = {theirs: ours for theirs, ours in plan.form.classes.items() if _trained(ours, args)}
+    classes = {theirs: ours for theirs, ours in plan.form.classes.items() if is_trained(ours, args)}
     if args.single_cls:
         classes = dict.fromkeys(classes, 0)
     everything = replace(settings, pool_conf=FLOOR, pool_unsure=FLOOR)
     return plan._replace(settings=everything, form=plan.form._replace(classes=classes)), data
-
-
-def _trained(kind: int, args: Any) -> bool:
-    """Return whether a training has a class of the data."""
-    return args.classes is None or kind in np.ravel(args.classes)
 
 
 def _known(plan: Plan, data: Mapping[str, Any]) -> Curve:
@@ -216,7 +212,7 @@ def _truths(images: Sequence[Path], plan: Plan, data: Mapping[str, Any]) -> dict
     args, truths = plan.args, {}
     for read in complete.read_labels(images, plan.form.task, data, single_class=False):
         if read.own:
-            kept = [i for i, kind in enumerate(read.rows[:, 0]) if _trained(kind, args)]
+            kept = [i for i, kind in enumerate(read.rows[:, 0]) if is_trained(kind, args)]
             kinds = read.rows[kept, 0] * (not args.single_cls)
             shapes = [read.own.shapes[i] for i in kept]
             points = None if read.points is None else read.points[kept]

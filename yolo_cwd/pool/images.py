@@ -94,14 +94,16 @@ def _every_mention(sources: Iterable[str], argument: str = "") -> list[Path]:
 
 def _files_of(source: str) -> list[str]:
     path = Path(source).absolute()
-    if exists(path) and path.is_file() and path.suffix.lower() == ".txt":
+    if not exists(path):
+        return [file for match in _glob(str(path)) for file in _files_at(Path(match))] if "*" in source else []
+    if path.is_file() and path.suffix.lower() == ".txt":
         return _files_of_list(path)
-    matches = [str(path)] if exists(path) else _glob(str(path)) if "*" in source else []
-    return [file for match in matches for file in (_files_in(match) if Path(match).is_dir() else [match])]
+    return _files_at(path)
 
 
-def _files_in(folder: str) -> list[str]:
-    return _glob(str(Path(glob.escape(folder)) / "**" / "*.*"))
+def _files_at(path: Path) -> list[str]:
+    """Return the files in a folder, at any depth, or the file itself."""
+    return _glob(str(Path(glob.escape(str(path))) / "**" / "*.*")) if path.is_dir() else [str(path)]
 
 
 def _glob(pattern: str) -> list[str]:

@@ -35,7 +35,6 @@ class Label(NamedTuple):
 
     Attributes:
         content: The content of its file.
-        suffix: The suffix of its file.
         classes: The number of the teacher's objects of each class; of pixels, in tasks where every pixel has a class.
         confidences: The confidence of each of these objects.
         certain: The corners [4, 2] of the box of each object, in pixels.
@@ -44,7 +43,6 @@ class Label(NamedTuple):
     """
 
     content: bytes
-    suffix: str
     classes: Counter[int]
     confidences: Sequence[float] = ()
     certain: Sequence[Array] = ()
@@ -89,6 +87,11 @@ class Form(NamedTuple):
     raw_ids: Mapping[int, int] = {}
     outlined: bool = False
 
+    @property
+    def suffix(self) -> str:
+        """The suffix of label files."""
+        return SUFFIXES.get(self.task, ".txt")
+
 
 def label_of(result: Any, form: Form, conf: float, own: Own = NOTHING) -> Label:
     """Return the label of one image; its existing labels win over the teacher.
@@ -118,7 +121,6 @@ def label_of(result: Any, form: Form, conf: float, own: Own = NOTHING) -> Label:
     there = [*labelled, *corners[certain]]
     return Label(
         content=own.content + (gap + content).encode(),
-        suffix=".txt",
         classes=Counter(int(row[0]) for row in rows),
         confidences=[confidences[i] for i in certain],
         certain=there,
@@ -130,12 +132,12 @@ def label_of(result: Any, form: Form, conf: float, own: Own = NOTHING) -> Label:
 def no_label(image: Path, form: Form) -> Label:
     """Return the label of an image that has none: no object, or a map in which no pixel counts."""
     if form.task not in MAPS:
-        return Label(b"", ".txt", Counter())
+        return Label(b"", Counter())
     with Image.open(image) as opened:
         size = exif_size(opened)[::-1]
     if form.task == "depth":
-        return Label(_array_file(np.zeros(size, np.float32)), ".npy", Counter())
-    return Label(cv2.imencode(".png", np.full(size, IGNORED, np.uint8))[1].tobytes(), ".png", Counter())
+        return Label(_array_file(np.zeros(size, np.float32)), Counter())
+    return Label(cv2.imencode(".png", np.full(size, IGNORED, np.uint8))[1].tobytes(), Counter())
 
 
 def _box(result: Any, i: int, _: Form) -> list[float]:
@@ -191,13 +193,13 @@ def _class_map(result: Any, form: Form) -> Label:
     ids = np.arange(256, dtype=np.uint8)
     for ours, raw in form.raw_ids.items():
         ids[ours] = raw
-    return Label(cv2.imencode(".png", ids[kinds])[1].tobytes(), ".png", counts)
+    return Label(cv2.imencode(".png", ids[kinds])[1].tobytes(), counts)
 
 
 def _depth_map(result: Any) -> Label:
     depth = result.depth
     values = np.asarray(getattr(depth, "data", depth), np.float32).squeeze()
-    return Label(_array_file(values), ".npy", Counter())
+    return Label(_array_file(values), Counter())
 
 
 def _array_file(values: Array) -> bytes:

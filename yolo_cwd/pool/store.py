@@ -46,11 +46,11 @@ from yolo_cwd.pool.images import (
     list_images,
     survey,
 )
-from yolo_cwd.pool.labels import MAPS, NOTHING, SUFFIXES, Form, label_of, no_label, painted
+from yolo_cwd.pool.labels import MAPS, NOTHING, Form, label_of, no_label, painted
 from yolo_cwd.pool.plan import Plan, changed, plan_of, shown
 from yolo_cwd.run.distributed import first_here_first
 from yolo_cwd.run.files import write_whole, written_whole
-from yolo_cwd.run.refusal import disk_is_full
+from yolo_cwd.run.refusal import disk_is_full, unwritable
 from yolo_cwd.run.request import data_of
 
 WRITABLE = {".jpg", ".jpeg", ".png", ".bmp"}  # suffixes of images that OpenCV can write as well as read
@@ -200,9 +200,9 @@ def writing_alone(folder: Path, argument: str) -> Iterator[None]:
 
 
 def _unwritable(error: OSError, argument: str, folder: Path) -> ConfigError:
-    what = f"{argument}: cannot write {error.filename or folder} ({error.strerror})"
-    remedy = "make room, or set XDG_CACHE_HOME to a folder on another disk"
-    return ConfigError(f"{what}; {remedy if disk_is_full(error) else 'set XDG_CACHE_HOME to a folder of yours'}")
+    full = "make room, or set XDG_CACHE_HOME to a folder on another disk"
+    remedy = full if disk_is_full(error) else "set XDG_CACHE_HOME to a folder of yours"
+    return unwritable(error, argument, None, remedy, file=folder)
 
 
 @contextmanager
@@ -241,7 +241,7 @@ def _lists(plan: Plan, data: dict[str, Any], others: Sequence[str]) -> Path:
     what = [identity(image) for part in (images, labelled, split.held_out) for image in part if image.exists()]
     description = described(data)
     file = plan.folder / "lists" / f"{fingerprint(what, settings.pool_ratio, description, *others)[:16]}.json"
-    if is_whole(file, plan.labels, plan.form.task):
+    if is_whole(file, plan.form):
         return file
     chosen = _chosen(settings, images, split, len(labelled))
     records = label_images(plan, chosen.images)
@@ -303,19 +303,18 @@ def found_in(
     )
 
 
-def is_whole(file: Path, labels: str, task: str) -> bool:
+def is_whole(file: Path, form: Form) -> bool:
     """Return whether a list is complete, and neither an image of it nor a label has been removed.
 
     Args:
         file: The file that says what is in it.
-        labels: The name of the folder of labels.
-        task: The task that they are for.
+        form: What its labels look like.
     """
     if not file.exists():
         return False
     images = map(Path, file.with_suffix(".txt").read_text(encoding="utf-8").splitlines())
-    folder, suffix = file.parents[1] / labels, SUFFIXES.get(task, ".txt")
-    return all(image.exists() and (folder / f"{image.stem}{suffix}").exists() for image in images)
+    folder = file.parents[1] / form.folder
+    return all(image.exists() and (folder / f"{image.stem}{form.suffix}").exists() for image in images)
 
 
 def share(images: list[Path], fraction: Any, data: Mapping[str, Any]) -> list[Path]:
@@ -420,11 +419,11 @@ def _put(plan: Plan, result: Any, source: Path, name: str) -> None:
         write_whole(image, cv2.imencode(image.suffix, gray, QUALITY)[1].tobytes())
     else:
         _present(source, image)
-    write_whole(plan.folder / plan.labels / f"{name}{label.suffix}", label.content)
+    write_whole(plan.folder / plan.labels / f"{name}{plan.form.suffix}", label.content)
     record = {
         "source": str(source),
         "image": f"images/{image.name}",
-        "label": f"{plan.labels}/{name}{label.suffix}",
+        "label": f"{plan.labels}/{name}{plan.form.suffix}",
         "classes": label.classes,
         "confidences": [round(x, 4) for x in label.confidences],
         "painted": bool(label.uncertain),

@@ -202,6 +202,14 @@ def agree(value: Any) -> Any:
     return values[0]
 
 
+def summed(value: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all processes."""
+    value = value.clone()
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
 def check_folder(folder: Path) -> None:
     """Warn, once per machine, if it cannot see the run folder of the first process."""
     if LOCAL_RANK == 0 and not folder.is_dir():

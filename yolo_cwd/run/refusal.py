@@ -82,7 +82,7 @@ def disk_is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in FULL
 
 
-def unwritable(error: Any, argument: str, place: Any, remedy: str = "") -> ConfigError:
+def unwritable(error: Any, argument: str, place: Any, remedy: str = "", file: Any = "a file") -> ConfigError:
     """Return the error to raise if a file cannot be written.
 
     Args:
@@ -90,9 +90,10 @@ def unwritable(error: Any, argument: str, place: Any, remedy: str = "") -> Confi
         argument: The argument that says where files go.
         place: Its value, if it was given.
         remedy: What to do; by default to choose another place.
+        file: What could not be written, where the error does not know.
     """
     where = f"{argument}={place}" if place else argument
-    reason = f"cannot write {error.filename or 'a file'} ({error.strerror})"
+    reason = f"cannot write {error.filename or file} ({error.strerror})"
     return ConfigError(
         f"{where}: {reason}; {remedy or 'give a folder on a disk that has room and that you may write to'}"
     )

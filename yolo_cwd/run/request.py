@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 from ultralytics.cfg import _handle_deprecation, cfg2dict, get_cfg, get_save_dir
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import load_checkpoint
@@ -127,6 +128,11 @@ def task_of(cfg: Any, overrides: dict[str, Any]) -> Task:
 
 def _below(cfg: Any) -> dict[str, Any]:
     return read_cfg(cfg) if isinstance(cfg, str | Path) else dict(cfg2dict(cfg))
+
+
+def is_trained(kind: int, args: Any) -> bool:
+    """Return whether a training has a class of the data."""
+    return args.classes is None or kind in np.ravel(args.classes)
 
 
 def data_of(args: Any) -> dict[str, Any]:

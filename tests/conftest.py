@@ -94,7 +94,14 @@ SHORT = {
     "device": "cpu",
     "verbose": False,
 }
-TAUGHT = {"teacher": TEACHER, "cwd": 100.0, "adapter": "conv", "teacher_dtype": "fp32", "schedule": "constant"}
+TAUGHT = {
+    "teacher": TEACHER,
+    "teacher_epochs": 0,
+    "cwd": 100.0,
+    "adapter": "conv",
+    "teacher_dtype": "fp32",
+    "schedule": "constant",
+}
 
 
 class Payload:

@@ -16,9 +16,9 @@ from ultralytics.nn.tasks import DetectionModel
 
 from yolo_cwd.cli import main
 from yolo_cwd.config import ConfigError
+from yolo_cwd.run.score import SILENT
 from yolo_cwd.study import compare
 from yolo_cwd.study.compare import Comparison, parse_arms, parse_seeds
-from yolo_cwd.study.score import SILENT
 from yolo_cwd.study.summary import as_text, paired_interval, summarize, table, write_summary
 from yolo_cwd.view.report import read_rows
 

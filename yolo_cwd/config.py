@@ -19,7 +19,7 @@ import yaml
 
 SCHEDULES = ("constant", "linear", "cosine")
 ADAPTERS = ("fitted", "conv", "identity")
-BALANCED, AUTO = "balanced", "auto"  # what cwd and class_share may be instead of a number
+BALANCED, AUTO = "balanced", "auto"  # what cwd, class_share and teacher_epochs may be instead of a number
 WEIGHT_COLUMN = "train/cwd_weight"  # of results.csv: the overall weight
 LONGEST, REMEDY = 299, 190  # the most characters of a message, and how many of its end are always kept
 SYNONYMS = {"student", "model"}
@@ -170,6 +170,8 @@ class Settings:
 
     Attributes:
         teacher: Path of the model to learn from, with its suffix, or the model itself.
+        teacher_epochs: Epochs to train the teacher first, if it does not know the data; 0 to take it as it is, None for
+            as many as the student is trained.
         cwd: `BALANCED`, or a fixed overall weight, at least 0.
         share: Gradient of a level's divergence relative to the task's own under the balanced rule, at least 0.
         class_share: The same for the class maps of the head, under any rule.
@@ -196,6 +198,7 @@ class Settings:
     """
 
     teacher: Any
+    teacher_epochs: int | None
     cwd: float | str
     share: float
     class_share: float
@@ -235,6 +238,7 @@ class Settings:
             value["class_share"] = value["share"] if value["cwd"] == BALANCED else 0.0
         return cls(
             teacher=_teacher(value["teacher"]),
+            teacher_epochs=_epochs("teacher_epochs", value["teacher_epochs"]),
             cwd=BALANCED if value["cwd"] == BALANCED else _number("cwd", value["cwd"], or_else=f"{BALANCED} or "),
             share=_number("share", value["share"]),
             class_share=_number("class_share", value["class_share"], or_else=f"{AUTO} or "),
@@ -378,6 +382,14 @@ def _number(name: str, value: Any, zero: bool = True, most: float = math.inf, or
 def _count(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name}={value}: must be a whole number of at least 1, such as {name}={_example(name)}")
+    return value
+
+
+def _epochs(name: str, value: Any) -> int | None:
+    if value is None or value == AUTO:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(f"{name}={value}: must be {AUTO} or a whole number of at least 0, such as {name}=100")
     return value
 
 

@@ -89,7 +89,7 @@ def task_of_student(student: Any, asked: str | None = None) -> Task:
     Raises:
         ConfigError: If it is for none of the dense tasks, or if Ultralytics has a separate trainer for it.
     """
-    name, head = _task_and_head(student)
+    name, head = task_and_head(student)
     if head in OTHER_TRAINERS:
         raise ConfigError(
             f"student={student}: {OTHER_TRAINERS[head]} has a trainer of its own; give it as teacher=, and as student "
@@ -103,7 +103,7 @@ def task_of_student(student: Any, asked: str | None = None) -> Task:
     return TASKS[name]
 
 
-def _task_and_head(student: Any) -> tuple[str | None, str]:
+def task_and_head(student: Any) -> tuple[str | None, str]:
     """Return the task of a model (None if unknown) and the class name of its head."""
     path = Path(str(student))
     with suppress(Exception):  # the building of the model reports any fault

@@ -13,6 +13,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from yolo_cwd.method.trainer import DistillingTrainer
 from yolo_cwd.run.request import task_of
 from yolo_cwd.tasks import TASKS, task_of_trainer
+from yolo_cwd.two_stages import train_teacher
 from yolo_cwd.view.attach import attach
 
 
@@ -47,6 +48,17 @@ class CWDTrainer(DistillingTrainer):
         """Set the training up; see `DistillingTrainer` for the arguments and errors."""
         super().__init__(cfg, overrides, _callbacks)
         attach(self)
+
+    def run_callbacks(self, event: str) -> None:
+        """Run the callbacks of an event; the loggers begin with the student once its teacher is trained."""
+        if self.stage is None or not self.stage.holds_back(self, event):
+            super().run_callbacks(event)
+
+    def train(self) -> None:
+        """Train the teacher first, if it does not know the data; then train the student."""
+        if self.stage is not None:
+            train_teacher(self, self.stage)
+        super().train()
 
 
 def _for_task(trainer: type[CWDTrainer], name: str) -> type[CWDTrainer]:

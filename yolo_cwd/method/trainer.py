@@ -47,7 +47,7 @@ from yolo_cwd.method.prepare import choose_precision, measure, prepare
 from yolo_cwd.method.student import as_it_is, is_reshaped
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.pool.trainer import PooledTrainer
-from yolo_cwd.run import distributed, request
+from yolo_cwd.run import distributed, request, teacher_stage
 from yolo_cwd.run.refusal import require_autocast, require_streams, unusable_student
 from yolo_cwd.tasks import task_of_trainer
 
@@ -64,6 +64,7 @@ class DistillingTrainer(PooledTrainer):
         task: The task it trains for.
         cwd: The checked options.
         teacher: The frozen teacher.
+        stage: The training of the teacher before the student's; None if there is none.
         levels: The distilled levels, finest first; known once the student is built.
         level_weights: The weight of each of them, before the overall weight.
         adapters: One module a level, from student to teacher channels, trained with the student.
@@ -95,6 +96,7 @@ class DistillingTrainer(PooledTrainer):
         with distributed.first_here_first():
             self.teacher = load_teacher(self.cwd.teacher, self.cwd.trust_teacher)
             arguments["data"] = digits.resolve(arguments.get("data", asked.base["data"]), self.task.name)
+            self.stage = self.plan_teacher(asked, get_cfg(asked.base, arguments))
         labels = self.cwd.unlabeled or self.cwd.complete_labels
         self.pool = self.label_pool(get_cfg(asked.base, arguments)) if labels else None
         self.levels: list[Level] = []
@@ -106,6 +108,10 @@ class DistillingTrainer(PooledTrainer):
         self.explained: list[float] = []
         self.reshaped = False
         super().__init__(asked, arguments, _callbacks)
+
+    def plan_teacher(self, asked: request.Request, args: Any) -> teacher_stage.TeacherStage | None:
+        """Return the training of a teacher that does not know the data; None if there is none."""
+        return teacher_stage.planned(self.teacher, self.cwd, asked.options, args, self.task, asked.goes_on)
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Prepare a batch as Ultralytics does, and add the teacher's pyramid of its images for the criterion.

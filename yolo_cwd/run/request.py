@@ -28,6 +28,7 @@ from yolo_cwd.config import (
     split_options,
     unusable_data,
 )
+from yolo_cwd.run import teacher_record
 from yolo_cwd.run.distributed import WORLD_SIZE
 from yolo_cwd.run.state import RunState, load_state
 from yolo_cwd.tasks import ALL, Task, task_of_student
@@ -56,6 +57,7 @@ class Request(NamedTuple):
         options: Our options as given, or as the resumed run had them.
         settings: The same, checked, with the defaults filled in.
         state: What a resumed run continues from; empty for a new run.
+        goes_on: Whether the run resumes while its teacher is trained, before the student's first checkpoint.
     """
 
     base: dict[str, Any]
@@ -64,6 +66,7 @@ class Request(NamedTuple):
     options: dict[str, Any]
     settings: Settings
     state: RunState
+    goes_on: bool = False
 
 
 def read(cfg: Any, overrides: dict[str, Any]) -> Request:
@@ -76,7 +79,7 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
     Raises:
         ConfigError: If an option or an argument cannot be used.
     """
-    below = _below(cfg)
+    below, overrides, goes_on = teacher_record.taken_up(_below(cfg), overrides)
     options, arguments = split_options(overrides)
     base = split_options(below)[1]
     options = split_options(merge(below, overrides))[0]
@@ -95,6 +98,8 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
         if not (arguments.get("device") or base["device"]):
             arguments["device"] = arguments_of_run(checkpoint).get("device")
         state = load_state(checkpoint)
+        run = checkpoint.absolute().parents[1]
+        state.options["teacher"] = teacher_record.own_teacher(state.options.get("teacher"), run)
         options = {"class_share": 0.0, **_options_of_resumed_run(state, options)}  # runs of 0.1 had no class maps
     else:
         arguments["model"] = student_path(student, model, base["model"])
@@ -103,7 +108,7 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
     _warn_of_idle(options, settings)
     args = get_cfg(base, {**arguments})
     refuse_unsupported(args)
-    return Request(base, arguments, args, options, settings, state)
+    return Request(base, arguments, args, options, settings, state, goes_on)
 
 
 def task_of(cfg: Any, overrides: dict[str, Any]) -> Task:
@@ -116,7 +121,8 @@ def task_of(cfg: Any, overrides: dict[str, Any]) -> Task:
     Raises:
         ConfigError: If it cannot be trained.
     """
-    given = merge(_below(cfg), overrides)
+    below, overrides, _ = teacher_record.taken_up(_below(cfg), overrides)
+    given = merge(below, overrides)
     student = given.get("student") or given.get("model")
     if resume := given.get("resume"):
         student = resume if isinstance(resume, str | Path) else student or get_latest_run()

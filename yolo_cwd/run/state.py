@@ -33,6 +33,7 @@ class RunState:
         start: For each level, the divergence of every channel on a few images before training [N, C]; empty without
             `plots`.
         teacher: What tells the run's teacher from another network; empty if that is not known.
+        score: The teacher's score on the validation images; None if it has none.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class RunState:
         epochs: Mapping[int, Any] | None = None,
         start: Mapping[str, Tensor] | None = None,
         teacher: str = "",
+        score: float | None = None,
     ) -> None:
         """Start with what is known so far."""
         self.measured: list[list[float]] = []
@@ -48,6 +50,7 @@ class RunState:
         self.epochs: dict[int, Any] = dict(epochs or {})
         self.start: dict[str, Tensor] = dict(start or {})
         self.teacher = teacher
+        self.score = score
 
     def remember(
         self, epoch: int, adapters: nn.Module, optimizer: torch.optim.Optimizer, measured: Sequence[Any] = ()
@@ -87,6 +90,7 @@ class RunState:
         """Write the file into the folder of the checkpoints."""
         buffer = io.BytesIO()
         content = {"options": self.options, "epochs": self.epochs, "start": self.start, "teacher": self.teacher}
+        content["score"] = self.score
         torch.save(content, buffer)
         write_whole(folder / FILE, buffer.getvalue())
 
@@ -125,7 +129,8 @@ def load_state(checkpoint: Path) -> RunState:
     remove_leftovers(checkpoint.parent)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        return RunState(content["options"], content["epochs"], content.get("start"), content.get("teacher", ""))
+        rest = content.get("start"), content.get("teacher", ""), content.get("score")
+        return RunState(content["options"], content["epochs"], *rest)
     except Exception as error:
         raise ConfigError(
             f"resume={checkpoint}: {FILE} cannot be read, it is torn or no state of a run; 'yolo train resume' "

@@ -34,9 +34,9 @@ from yolo_cwd.method.teacher import wait_for
 from yolo_cwd.pool import complete, confidence, store
 from yolo_cwd.pool.images import Survey
 from yolo_cwd.pool.plan import whole_teacher
+from yolo_cwd.run.score import knows, score
 from yolo_cwd.study.advice import as_text, compare_classes, verdict
 from yolo_cwd.study.rehearsal import Unheard, passing_folder, set_up
-from yolo_cwd.study.score import knows, score
 from yolo_cwd.trainer import CWDTrainer
 
 MADE_UP = "made-up images"

@@ -51,8 +51,8 @@ from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.run.files import drop_rows_after, write_whole
 from yolo_cwd.run.refusal import unwritable
 from yolo_cwd.run.request import EXTRA_ARGUMENTS, refuse_unsupported, student_path
+from yolo_cwd.run.score import classes_of_data, knows, score
 from yolo_cwd.study.rehearsal import DistilledRehearsal, passing_folder, plain_rehearsal, set_up
-from yolo_cwd.study.score import classes_of_data, knows, score
 from yolo_cwd.study.summary import BASELINE, RECORD, as_text, table, write_summary
 from yolo_cwd.tasks import Task, task_of_student
 from yolo_cwd.trainer import CWDTrainer

@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Trains a teacher that does not know the data, by Ultralytics' own trainer, before its student.
+
+It is the same training that `yolo <task> train model=<teacher>` with the arguments of the run is, in the folder
+`teacher` of the run. The student's training does not notice it: random numbers, deterministic algorithms and loggers
+are as they would be without.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import CalledProcessError
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import LOCAL_RANK, LOGGER, RANK, colorstr
+from ultralytics.utils.torch_utils import init_seeds
+
+from yolo_cwd.config import ConfigError, Settings, listed
+from yolo_cwd.run import teacher_record
+from yolo_cwd.run.distributed import ProcessTrainer, agree
+from yolo_cwd.run.files import (
+    checkpoints_written_whole,
+    drop_rows_after,
+    optimizers_stripped_whole,
+    remove_leftovers,
+    write_whole,
+    written_whole,
+)
+from yolo_cwd.run.known import data_with_classes, lacking, require_labels, trainable_task
+from yolo_cwd.run.teacher_record import FOLDER, OBJECT, Record
+from yolo_cwd.tasks import TASKS, Task
+
+AS_IT_IS = (
+    "does not know {lacks}; it teaches as it is, which can cost points: a teacher trained on the data teaches more"
+)
+WITHOUT_EFFECT = "teacher_epochs={epochs} has no effect: {argument} knows the data, and teaches as it is"
+STUDENTS_OWN = {  # arguments of the run that are not for its teacher
+    *("model", "pretrained", "freeze", "distill_model", "quantize", "resume", "name", "exist_ok", "epochs", "task"),
+    *("save", "save_dir", "cfg"),
+}
+ON_RESUME = {  # what Ultralytics lets a resumed training change
+    *(
+        "imgsz",
+        "batch",
+        "device",
+        "close_mosaic",
+        "save_period",
+        "workers",
+        "cache",
+        "patience",
+        "val",
+        "plots",
+        "data",
+    ),
+}
+LEAST_TIME = 1 / 3600  # hours for the student, whatever its teacher has taken: 0 would be without limit
+BEGINNING = "on_pretrain_routine_start"
+
+
+class TeacherTrainer(DetectionTrainer):
+    """Ultralytics' trainer of a task, whose checkpoints are whole even after a kill.
+
+    A class that is also derived from Ultralytics' trainer of a task trains for that task.
+    """
+
+    wdir: Path
+    csv: Path
+    start_epoch: int
+    ddp: bool
+    resume: bool
+
+    def train(self) -> None:
+        """Train as Ultralytics does, and leave the process group to the student.
+
+        Raises:
+            ChildProcessError: If one of the processes that Ultralytics starts fails.
+        """
+        self.resume = self.resume or self.ddp  # a launch would first remove the folder, with the record in it
+        try:
+            past: Any = ProcessTrainer if isinstance(self, ProcessTrainer) else TeacherTrainer  # it would end the group
+            super(past, self).train()
+        except CalledProcessError as error:
+            raise ChildProcessError(f"device={self.args.device}: a process ended with {error.returncode}") from error
+
+    def save_model(self) -> Any:
+        """Write the checkpoints."""
+        self.wdir.mkdir(parents=True, exist_ok=True)
+        with checkpoints_written_whole(self):
+            return super().save_model()
+
+    def final_eval(self) -> None:
+        """Strip and score the checkpoints as Ultralytics does."""
+        with optimizers_stripped_whole():
+            super().final_eval()
+
+    def resume_training(self, ckpt: Any) -> None:
+        """Go on where the checkpoint stands; epochs that were begun after it are run again."""
+        super().resume_training(ckpt)
+        if self.resume and RANK in {-1, 0}:
+            drop_rows_after(self.csv, self.start_epoch)
+
+
+def _trainer_for(task: str) -> type[Any]:
+    """Return the trainer class of a teacher's task; in a process that `torchrun` started, one that joins the others."""
+    joint = (ProcessTrainer,) if RANK != -1 else ()
+    bases = (TeacherTrainer, *joint, TASKS[task].trainer)
+    return type(TeacherTrainer.__name__, bases, {"__module__": __name__, "__doc__": TeacherTrainer.__doc__})
+
+
+@dataclass
+class TeacherStage:
+    """The training of a teacher before its student.
+
+    Attributes:
+        teacher: What it starts from: a path or known name, or the model itself.
+        argument: The teacher as the user gave it, for messages.
+        task: The task it is trained for.
+        epochs: For how many epochs.
+        lacks: The classes of the data that it does not know.
+        data: The data set as Ultralytics resolves it.
+        goes_on: Whether a training of it that was interrupted goes on, even if arguments have changed.
+        folder: The folder of its training, once that is known.
+        begun: Whether its first epoch has begun.
+        done: Whether the trained teacher is there.
+    """
+
+    teacher: Any
+    argument: str
+    task: str
+    epochs: int
+    lacks: list[str]
+    data: Mapping[str, Any]
+    goes_on: bool = False
+    folder: Path | None = None
+    begun: bool = False
+    done: bool = False
+    _held: list[Callable[[Any], None]] = field(default_factory=list)
+
+    def reason(self) -> str:
+        """Say why it is trained."""
+        return f"{self.argument} does not know {listed(self.lacks)}"
+
+    def announce(self, save_dir: Path | str, student_epochs: int) -> None:
+        """Say what will happen, before anything is trained."""
+        _say(
+            f"{self.reason()}, so it is trained on the data first: {self.epochs} epochs for the teacher, into "
+            f"{Path(save_dir) / FOLDER}, then {student_epochs} for the student under its best weights "
+            "(teacher_epochs sets the first number; 0 takes the teacher as it is)"
+        )
+
+    def holds_back(self, trainer: Any, event: str) -> bool:
+        """Return whether an event of the student is not for Ultralytics' loggers yet: they log one run at a time.
+
+        Its other callbacks are run.
+        """
+        if self.done or event != BEGINNING:
+            return False
+        for callback in trainer.callbacks.get(event, []):
+            if callback.__module__.startswith("ultralytics.utils."):
+                self._held.append(callback)
+            else:
+                callback(trainer)
+        return True
+
+    def run(self, args: Any, options: Mapping[str, Any], save_dir: Path | str) -> Path:
+        """Train the teacher, or use one that has been trained, and return the checkpoint of its best epoch.
+
+        Args:
+            args: The arguments of the run, as Ultralytics has checked them.
+            options: Its options, as they were given.
+            save_dir: Its folder.
+
+        Raises:
+            ConfigError: If Ultralytics refuses the training.
+        """
+        self.folder = Path(save_dir).absolute() / FOLDER
+        with _unnoticed(args):
+            last: Path | None = None
+            trained = False
+            if RANK in {-1, 0}:
+                trained, last = self._prepared(args, options)
+            trained, last = agree((trained, last))
+            if not trained:
+                self._train(args, last)
+                if RANK in {-1, 0}:
+                    self._finish()
+        weights: Path = agree(Record(self.folder, "", True, "", {}, {}).weights)
+        _deliver(weights)
+        self.done = True
+        return weights
+
+    def arguments(self, args: Any) -> dict[str, Any]:
+        """Return the arguments of the teacher's training."""
+        given = {name: value for name, value in vars(args).items() if name not in STUDENTS_OWN}
+        if args.time:
+            given["time"] = args.time * self.epochs / (self.epochs + args.epochs)
+        return {**given, "mode": "train", "task": self.task, "epochs": self.epochs}
+
+    def _prepared(self, args: Any, options: Mapping[str, Any]) -> tuple[bool, Path | None]:
+        """Return whether there is such a trained teacher, and the checkpoint that its training goes on from."""
+        assert self.folder is not None
+        key = teacher_record.key_of(self.teacher, self.data, self.arguments(args))
+        ours = teacher_record.read(self.folder)
+        if ours and ours.complete and (ours.key == key or self.goes_on) and ours.weights.is_file():
+            _say(f"the teacher in {self.folder} has been trained so, and is used; delete that folder to train it again")
+            return True, None
+        goes_on = ours is not None and not ours.complete and (ours.key == key or self.goes_on) and ours.last.is_file()
+        given = teacher_record.plain(options, self.teacher)
+        record = Record(self.folder, key, False, self.argument, _plain_arguments(args), given)
+        if ours is not None and goes_on:
+            remove_leftovers(ours.last.parent)
+            ours._replace(arguments=record.arguments, options=record.options).write()
+            return False, ours.last
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if other := self._elsewhere(key):
+            _copy(other, record)
+            _say(
+                f"the teacher in {other.folder} has been trained so, and is used; delete that folder to train it again"
+            )
+            return True, None
+        record.write()
+        if not isinstance(self.teacher, str | Path):
+            as_checkpoint(self.teacher, self.folder / OBJECT)
+        return False, None
+
+    def _elsewhere(self, key: str) -> Record | None:
+        """Return the record of a trained teacher of the same key in another run of the same project."""
+        assert self.folder is not None
+        for folder in sorted(self.folder.parents[1].glob(f"*/{FOLDER}")):
+            record = teacher_record.read(folder)
+            if record and record.complete and record.key == key and record.weights.is_file():
+                return record
+        return None
+
+    def _train(self, args: Any, last: Path | None) -> None:
+        assert self.folder is not None
+        start = str(self.folder / OBJECT) if not isinstance(self.teacher, str | Path) else str(self.teacher)
+        given = self.arguments(args)
+        if last is not None:
+            given = {name: value for name, value in given.items() if name in ON_RESUME}
+            given |= {"resume": str(last), "model": str(last)}
+        else:
+            given["model"] = start
+        trainer = _trainer_for(self.task)(overrides={**given, "save_dir": str(self.folder)})
+        if not trainer.ddp:
+            trainer.add_callback("on_train_start", self._note)
+        trainer.train()
+        del trainer
+        gc.collect()
+        with suppress(Exception):
+            torch.cuda.empty_cache()
+
+    def _note(self, _: Any) -> None:
+        self.begun = True
+
+    def _finish(self) -> None:
+        assert self.folder is not None
+        record = teacher_record.read(self.folder)
+        if record is None or not record.weights.is_file():
+            raise ConfigError(f"{self.argument}: its training has left no checkpoint; give teacher_epochs=0, or more")
+        record._replace(complete=True).write()
+
+    def can_go_on(self) -> Path | None:
+        """Return the checkpoint from which an interrupted run resumes; None if the teacher has no complete epoch."""
+        if self.folder is None:
+            return None
+        checkpoint = Record(self.folder, "", False, "", {}, {}).last
+        return checkpoint if checkpoint.is_file() else None
+
+    def hand_over(self, trainer: Any) -> None:
+        """Let Ultralytics' loggers begin with the student."""
+        held, self._held = self._held, []
+        for callback in held:
+            callback(trainer)
+
+
+def planned(
+    teacher: Any, settings: Settings, options: Mapping[str, Any], args: Any, task: Task, goes_on: bool = False
+) -> TeacherStage | None:
+    """Return the training of a teacher that does not know the data; None if it knows them, or teaches as it is.
+
+    Args:
+        teacher: The frozen `Teacher`.
+        settings: The checked options.
+        options: The options as they were given.
+        args: The arguments of the run, as Ultralytics has checked them.
+        task: The student's task.
+        goes_on: Whether a training of it that was interrupted goes on, even if arguments have changed.
+
+    Raises:
+        ConfigError: If it would have to be trained for a task that the labels are not for.
+    """
+    if args.resume or not (settings.cwd or settings.labelling):
+        return None
+    data = data_with_classes(args)
+    lacks = lacking(teacher.names, data, args, task)
+    given = options.get("teacher_epochs")
+    if not lacks:
+        if settings.teacher_epochs:
+            _warn(WITHOUT_EFFECT.format(epochs=given, argument=teacher.argument))
+        return None
+    own, why_not = trainable_task(teacher.body, teacher.head)
+    if not isinstance(settings.teacher, str | Path) and _is_fused(settings.teacher):
+        own, why_not = None, "is fused, and cannot be trained any more"
+    if own is None or settings.teacher_epochs == 0:
+        reason = f"{why_not} and " if own is None else ""
+        _warn(f"{teacher.argument} {reason}{AS_IT_IS.format(lacks=listed(lacks))}")
+        return None
+    require_labels(own, task, data, args.data, teacher.argument, listed(lacks))
+    epochs = args.epochs if settings.teacher_epochs is None else settings.teacher_epochs
+    return TeacherStage(settings.teacher, teacher.argument, own, epochs, lacks, data, goes_on)
+
+
+def as_checkpoint(teacher: Any, file: Path) -> None:
+    """Write a model that was given as an object as a checkpoint of Ultralytics.
+
+    Args:
+        teacher: A `YOLO`, or the network in it.
+        file: The file.
+    """
+    network: Any = deepcopy(
+        teacher if isinstance(teacher, nn.Module) and not hasattr(teacher, "ckpt") else teacher.model
+    )
+    network.__dict__.pop("criterion", None)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(file) as unfinished:
+        torch.save({"model": network.float().cpu(), "train_args": {}}, unfinished)
+
+
+def _is_fused(teacher: Any) -> bool:
+    network = getattr(teacher, "model", teacher)
+    fused = getattr(network, "is_fused", None) or getattr(teacher, "is_fused", None)
+    return bool(fused and fused())
+
+
+def _plain_arguments(args: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if name not in {"save_dir", "resume", "cfg"}}
+
+
+def _copy(other: Record, record: Record) -> None:
+    """Copy a trained teacher; its record comes last, so that a part of it is never taken for the whole."""
+    (record.folder / "weights").mkdir(parents=True)
+    for file in (other.weights, other.folder / "results.csv"):
+        if file.is_file():
+            with written_whole(record.folder / file.relative_to(other.folder)) as unfinished:
+                shutil.copyfile(file, unfinished)
+    record._replace(complete=True).write()
+
+
+def _deliver(weights: Path) -> None:
+    """Bring the trained teacher to the machines of a training that do not see the folder of the first process."""
+    if RANK == -1:
+        return
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, weights.is_file())
+    if all(seen):
+        return
+    content = agree(weights.read_bytes() if RANK == 0 else None)
+    if LOCAL_RANK == 0 and not weights.is_file():
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(weights, content)
+    dist.barrier()
+
+
+@contextmanager
+def _unnoticed(args: Any) -> Iterator[None]:
+    """Leave random numbers and deterministic algorithms as the trainer of a student has set them."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        init_seeds(args.seed + 1 + RANK, deterministic=args.deterministic)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if of_gpus:
+            torch.cuda.set_rng_state_all(of_gpus)
+
+
+def time_left(args: Any, begin: float) -> float:
+    """Return the hours of a run limited by `time` that are left for the student.
+
+    Args:
+        args: The arguments of the run.
+        begin: When it began, as `time.monotonic` has it.
+    """
+    left: float = agree(max(args.time - (time.monotonic() - begin) / 3600, LEAST_TIME))
+    return left
+
+
+def _say(sentence: str) -> None:
+    if RANK in {-1, 0}:
+        LOGGER.info(f"{colorstr('CWD:')} {sentence}")
+
+
+def _warn(sentence: str) -> None:
+    if RANK in {-1, 0}:
+        LOGGER.warning(f"{colorstr('CWD:')} {sentence}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Scores a checkpoint as Ultralytics' own `val` does, with the arguments of the training."""
+"""Scores a model as Ultralytics' own `val` does, with the arguments of the training."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ OF_TRAINING = {
 SILENT = {"exist_ok": True, "plots": False, "verbose": False, "save_json": False, "save_txt": False, "cache": False}
 
 
-def score(weights: Path | str, arguments: dict[str, Any], split: str, folder: Path) -> dict[str, Any]:
-    """Return the two scores of a checkpoint for its task, and the first score by class, as Ultralytics' `val` does.
+def score(weights: Path | str | YOLO, arguments: dict[str, Any], split: str, folder: Path) -> dict[str, Any]:
+    """Return the two scores of a model for its task, and the first score by class, as Ultralytics' `val` does.
 
     Args:
-        weights: The checkpoint.
+        weights: The checkpoint, or the model itself, which Ultralytics then fuses.
         arguments: All arguments of its training; those that affect a score apply here too.
         split: The split to score it on.
         folder: For Ultralytics' own use.
     """
     _, arguments = split_options(arguments)
     arguments = {name: value for name, value in arguments.items() if name not in OF_TRAINING}
-    model = YOLO(weights)
+    model = weights if isinstance(weights, YOLO) else YOLO(weights)
     task = TASKS[model.task]
     metrics = model.val(**{**arguments, **SILENT, "project": str(folder), "name": "score", "split": split})
     values = metrics.results_dict

@@ -379,7 +379,7 @@ def _deliver(weights: Path) -> None:
 def _unnoticed(args: Any) -> Iterator[None]:
     """Leave random numbers and deterministic algorithms as the trainer of a student has set them."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
         yield
     finally:

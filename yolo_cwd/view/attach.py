@@ -8,7 +8,7 @@ from typing import Any
 
 from ultralytics.utils import LOGGER, RANK, YAML, colorstr
 
-from yolo_cwd.view import plots, report
+from yolo_cwd.view import plots, report, teacher_score
 
 UNTRAINED = "a model file has random weights, and teaches nothing; give a checkpoint, such as yolov8l.pt"
 OTHER_CLASSES = "the teacher's classes are not those of the data; a teacher trained on such data teaches more"
@@ -18,7 +18,9 @@ def attach(trainer: Any) -> None:
     """Make a `DistillingTrainer` say and show what it does, in the first of the processes that train."""
     if RANK not in {-1, 0} or trainer.ddp:  # a launching one hands its callbacks on to all that it starts
         return
+    trainer.add_callback("on_pretrain_routine_end", teacher_score.find)
     trainer.add_callback("on_train_start", announce)
+    trainer.add_callback("on_fit_epoch_end", teacher_score.watch)
     at_end = [conclude]
     if trainer.args.plots and trainer.cwd.cwd:
         trainer.add_callback("on_train_start", plots.remember_start)
@@ -45,6 +47,8 @@ def conclude(trainer: Any) -> None:
     with plots.never_fatal("sentence on the outcome"):
         curves = report.read_curves(trainer.csv, trainer.weights_by_level, trainer.task.score)
         _say(trainer, report.outcome(curves, trainer.task.score))
+        if sentence := teacher_score.difference(curves.score, trainer.state.score, trainer.task.score):
+            _say(trainer, sentence)
 
 
 def _say(trainer: Any, sentence: str) -> None:

@@ -140,7 +140,8 @@ def show_end(trainer: Any) -> None:
     """Draw the pictures of a complete training."""
     with never_fatal("pictures of the distillation"):
         curves, channels = trainer.save_dir / "cwd_levels.png", trainer.save_dir / "cwd_channels.png"
-        draw_levels(curves, read_curves(trainer.csv, trainer.weights_by_level, trainer.task.score))
+        course = read_curves(trainer.csv, trainer.weights_by_level, trainer.task.score)
+        draw_levels(curves, course._replace(teacher=trainer.state.score))
         draw_channels(channels, trainer.state.start, _show_maps(trainer), trainer.epoch + 1)
         trainer.on_plot(curves)
         trainer.on_plot(channels)
@@ -158,10 +159,10 @@ def _show_maps(trainer: Any) -> list[View]:
 
 @drawn
 def draw_levels(file: Path, curves: Curves) -> None:
-    """Draw divergence, loss terms and shares of the gradient over the epochs."""
+    """Draw divergence, loss terms, shares of the gradient and the score beside the teacher's over the epochs."""
     from matplotlib import pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), sharex=True, layout="constrained")
+    figure, (left, middle, right, last) = plt.subplots(1, 4, figsize=(18.5, 4.2), sharex=True, layout="constrained")
     colours = dict(zip(curves.terms, COLOURS[1:], strict=False))
     middle.plot(curves.epochs, curves.task, ".-", color=COLOURS[0], label="the task's own loss")
     for name, colour in colours.items():
@@ -171,7 +172,8 @@ def draw_levels(file: Path, curves: Curves) -> None:
     left.set(title="Divergence from the teacher", ylabel="nats per channel (weight taken out)")
     middle.set(title="Terms of the training loss", ylabel="loss")
     right.set(title="Share of the gradient at the student's maps", ylabel="norm beside the task's own")
-    for axes in (left, middle, right):
+    _draw_score(last, curves)
+    for axes in (left, middle, right, last):
         axes.set(xlabel="epoch", ylim=(0, None))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -179,6 +181,16 @@ def draw_levels(file: Path, curves: Curves) -> None:
     middle.legend()
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def _draw_score(axes: Any, curves: Curves) -> None:
+    """Draw the student's score over the epochs that were validated, and the teacher's as a line."""
+    known = [(epoch, 100 * value) for epoch, value in zip(curves.epochs, curves.score, strict=True) if value]
+    axes.plot([epoch for epoch, _ in known], [value for _, value in known], ".-", color=COLOURS[0], label="student")
+    if curves.teacher is not None:
+        axes.axhline(100 * curves.teacher, color=COLOURS[1], ls="--", label="teacher")
+    axes.set(title="Score by epoch, on the validation images", ylabel=f"{curves.label} (points)")
+    axes.legend()
 
 
 @drawn

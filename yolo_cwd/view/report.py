@@ -24,6 +24,8 @@ class Curves(NamedTuple):
         divergence: For each level, the divergence itself, in nats; nan while the weights are 0.
         shares: For each level, the norm of the divergence's gradient at the student's maps, divided by the task's own.
         score: The task's score on the validation images; 0 for an epoch that was not validated.
+        teacher: The teacher's score on them; None if it has none.
+        label: What the score is called.
     """
 
     epochs: list[int]
@@ -33,6 +35,8 @@ class Curves(NamedTuple):
     divergence: dict[str, list[float]]
     shares: dict[str, list[float]]
     score: list[float]
+    teacher: float | None = None
+    label: str = "score"
 
 
 def read_rows(table: Path) -> list[dict[str, float]]:
@@ -64,6 +68,7 @@ def read_curves(table: Path, weights: Mapping[str, float], score: Score) -> Curv
         divergence=divergence,
         shares=shares,
         score=[row.get(score.column, 0.0) for row in rows],
+        label=score.label,
     )
 
 

@@ -429,13 +429,9 @@ def test_a_fault_during_training_is_not_called_bad_input(data: str, tmp_path: Pa
             {"pool_conf": 0.5, "pool_ratio": 2},
             "pool_conf=0.5 needs labels by the teacher: unlabeled= or complete_labels=True; pool_ratio=2 needs ",
         ),
-        (
-            {"pool_precision": 0.9, "unlabeled": "x", "pool_weight": 0},
-            "pool_precision=0.9 needs labels by the teacher: ",
-        ),
         ({"complete_labels": True, "pool_conf": 0.5, "pool_classes": "known"}, "pool_classes=known needs unlabeled="),
         ({"share": 2, "pool_conf": 0.3, "cwd_final": 0.5}, None),
-        ({"pool_conf": 0.5, "pool_ratio": 2, "pool_weight": 1, "pool_classes": "known", "unlabeled": "x"}, None),
+        ({"pool_conf": 0.5, "pool_ratio": 2, "pool_classes": "known", "unlabeled": "x"}, None),
     ],
 )
 def test_options_without_effect_are_told(

@@ -86,6 +86,7 @@ Examples:
 
 HELPS = {"train": HELP_TRAIN, "check": HELP_CHECK, "compare": HELP_COMPARE}
 TASKS = ("detect", "segment", "pose", "obb", "semantic", "depth", "classify")  # as 'yolo' has them
+IMAGES = ("source", "unlabeled")  # arguments that name files and folders of images
 ELSEWHERE = ("val", "predict", "export", "track", "benchmark")  # commands of 'yolo' alone
 
 
@@ -313,6 +314,8 @@ def parse(words: list[str]) -> dict[str, Any]:
                 key, value = parse_key_value_pair(word.rstrip(","))
             except (AssertionError, ValueError, SyntaxError) as error:
                 raise ConfigError(f"{word}: has no value; write it as key=value") from error
+            if key in IMAGES and isinstance(value, int | float) and not isinstance(value, bool):
+                value = word.partition("=")[2].strip()  # a folder such as 2024_06_15 is no number
             given[key] = str(Path(value).expanduser()) if str(value).startswith("~/") else value
         elif isinstance(OPTIONS[word].default if word in OPTIONS else DEFAULT_CFG_DICT.get(word), bool):
             given[word] = True  # a bare switch, as 'yolo train cos_lr' has it

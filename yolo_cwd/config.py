@@ -189,12 +189,9 @@ class Settings:
         trust_teacher: Whether the teacher's checkpoint may run its author's code while it is loaded.
         unlabeled: Absolute paths of images for the teacher to label: folders, globs, lists or images.
         pool_conf: Lowest confidence of an object that becomes a label.
-        pool_unsure: Lowest confidence of an object that is painted over; equal to `pool_conf` to paint none.
-        pool_precision: Share of right labels, above 0, that decides the lowest confidence instead; None if it is given.
-        pool_ratio: The most unlabelled images for each labelled one, above 0; None for all of them.
-        pool_weight: How much the task's own loss counts on unlabelled images, 0 to 1; 0 if they are not labelled.
+        pool_ratio: The most unlabeled images for each labeled one, above 0; None for all of them.
         pool_classes: One of `POOL_CLASSES`.
-        complete_labels: Whether the teacher's objects of unlabelled classes join the labels of the training images.
+        complete_labels: Whether the teacher's objects of unlabeled classes join the labels of the training images.
     """
 
     teacher: Any
@@ -216,10 +213,7 @@ class Settings:
     trust_teacher: bool
     unlabeled: tuple[str, ...]
     pool_conf: float
-    pool_unsure: float
-    pool_precision: float | None
     pool_ratio: float | None
-    pool_weight: float
     pool_classes: str
     complete_labels: bool
 
@@ -256,10 +250,7 @@ class Settings:
             trust_teacher=_choice("trust_teacher", value["trust_teacher"], (True, False)),
             unlabeled=_paths("unlabeled", value["unlabeled"]),
             pool_conf=_number("pool_conf", value["pool_conf"], most=1),
-            pool_unsure=_pool_unsure(value["pool_unsure"], value["pool_conf"], value["pool_precision"]),
-            pool_precision=_pool_precision(value["pool_precision"], value["pool_conf"]),
             pool_ratio=None if value["pool_ratio"] is None else _number("pool_ratio", value["pool_ratio"], zero=False),
-            pool_weight=_pool_weight(value),
             pool_classes=_choice("pool_classes", value["pool_classes"], POOL_CLASSES),
             complete_labels=_choice("complete_labels", value["complete_labels"], (True, False)),
         )
@@ -282,9 +273,9 @@ class Settings:
         return self.cwd == BALANCED
 
     @property
-    def labelling(self) -> list[str]:
+    def labeling(self) -> list[str]:
         """The options that ask the teacher for labels."""
-        asked = {"unlabeled": self.unlabeled and self.pool_weight, "complete_labels": self.complete_labels}
+        asked = {"unlabeled": self.unlabeled, "complete_labels": self.complete_labels}
         return [name for name, value in asked.items() if value]
 
     def course(self) -> str:
@@ -412,31 +403,6 @@ def _paths(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(paths, list | tuple) or not all(isinstance(p, str | Path | int) and str(p) for p in paths):
         raise ConfigError(f"{name}={value}: not a path; give a folder, a glob, a .txt list, or several with commas")
     return tuple(str(Path(str(path).strip()).absolute()) for path in paths)
-
-
-def _pool_unsure(value: Any, conf: float, precision: Any) -> float:
-    unsure = _number("pool_unsure", value, most=1)
-    if precision is None and unsure > conf:
-        raise ConfigError(f"pool_unsure={value}: must be at most pool_conf={conf}; give both, the same for none")
-    return unsure
-
-
-def _pool_precision(value: Any, conf: float) -> float | None:
-    if value is None:
-        return None
-    precision = _number("pool_precision", value, zero=False, most=1)
-    if conf != OPTIONS["pool_conf"].default:
-        raise ConfigError(
-            f"pool_precision={value}: decides the confidence itself, but pool_conf={conf} is given; leave one out"
-        )
-    return precision
-
-
-def _pool_weight(value: Mapping[str, Any]) -> float:
-    weight = _number("pool_weight", value["pool_weight"], most=1)
-    if value["unlabeled"] and weight == 0 == value["cwd"]:
-        raise ConfigError("pool_weight=0: with cwd=0 unlabelled images would teach nothing; leave one of them out")
-    return weight
 
 
 def _level_weights(value: Any) -> tuple[float, ...]:

@@ -48,6 +48,8 @@ class Task(NamedTuple):
         trainer: Ultralytics' trainer for it.
         score: The score that judges its models.
         second: A second score to look at.
+        label_folder: The folder in which Ultralytics looks for its labels, beside that of the images.
+        label_suffix: The suffix of the files that hold them.
     """
 
     name: str
@@ -56,6 +58,13 @@ class Task(NamedTuple):
     trainer: type[DetectionTrainer]
     score: Score
     second: Score
+    label_folder: str = "labels"
+    label_suffix: str = ".txt"
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether its labels are maps, in which every pixel has a value, and not rows of objects."""
+        return self.label_suffix != ".txt"
 
 
 MAP, MAP50 = Score("metrics/mAP50-95(B)", "mAP50-95"), Score("metrics/mAP50(B)", "mAP50")
@@ -68,8 +77,8 @@ ALL = (
     Task("segment", "-seg", True, yolo.segment.SegmentationTrainer, MASKS, BOXES),
     Task("pose", "-pose", True, yolo.pose.PoseTrainer, POSES, BOXES),
     Task("obb", "-obb", True, yolo.obb.OBBTrainer, MAP, MAP50),
-    Task("semantic", "-sem", False, yolo.semantic.SemanticSegmentationTrainer, IOU, PIXELS),
-    Task("depth", "-depth", False, yolo.depth.DepthTrainer, ERROR, NEAR),
+    Task("semantic", "-sem", False, yolo.semantic.SemanticSegmentationTrainer, IOU, PIXELS, "masks", ".png"),
+    Task("depth", "-depth", False, yolo.depth.DepthTrainer, ERROR, NEAR, "depth", ".npy"),
 )
 TASKS = {task.name: task for task in ALL}
 

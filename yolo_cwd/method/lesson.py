@@ -39,11 +39,6 @@ class LessonWatch:
             )
         if not criterion.reaches:
             raise ConfigError(f"freeze={trainer.args.freeze}: {teacher} cannot reach the student; freeze fewer layers")
-        if not trainer.cwd.pool_weight and criterion.balanced.all() and not criterion.meter.means.any():
-            raise ConfigError(
-                f"pool_weight=0: {teacher} teaches nothing, since no batch so far had an image with labels to measure "
-                "its strength by; give pool_ratio=20, or a larger batch"
-            )
         if unknown := criterion.unknown:
             LOGGER.warning(f"{colorstr('CWD:')} {listed(unknown)}: nothing is taught so far, no gradient arrives there")
         if (dropped := self._dropped + int(criterion.dropped)) == criterion.taught * len(criterion.meter.names):

@@ -184,7 +184,6 @@ class CWDLoss:
         class_weight: float = 0.0,
         device: torch.device | None = None,
         features: Callable[[Any], list[Tensor] | None] = student_features,
-        weigh: Callable[[Any, Any, dict[str, Any]], LossAndItems] | None = None,
     ) -> None:
         """Wrap the criterion of a task.
 
@@ -203,9 +202,7 @@ class CWDLoss:
             class_weight: Their weight beside a level's, always a share; 0 leaves them out.
             device: Where the student is.
             features: Finds the student's pyramid by its predictions.
-            weigh: Calls the criterion it is given so that some images count less; by default, all count the same.
         """
-        self.weigh = weigh
         self.criterion = criterion
         self.features = features
         self.adapters = adapters
@@ -266,7 +263,7 @@ class CWDLoss:
             batch: Ultralytics' batch; `img` holds images [N, 3, H, W] in 0 to 1, and `lesson` what the teacher makes of
                 them, which is taken out to free it after use. Without it the divergences are 0.
         """
-        loss, items = self.task_loss(preds, batch)
+        loss, items = self.criterion(preds, batch)
         features = self.features(preds)
         if features is None:
             return loss, items
@@ -285,11 +282,6 @@ class CWDLoss:
         self._sums = self._sums.to(terms.device) + torch.stack([terms, divergences]).detach()
         self._calls += 1
         return loss, {**items, "cwd_loss": terms.detach().sum()}
-
-    def task_loss(self, preds: Any, batch: dict[str, Tensor]) -> LossAndItems:
-        """Return the task's own loss vector, scaled by the batch size, and its items."""
-        result: LossAndItems = self.weigh(self.criterion, preds, batch) if self.weigh else self.criterion(preds, batch)
-        return result
 
     def _watched(self, features: Sequence[Tensor], scores: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         features = list(features)

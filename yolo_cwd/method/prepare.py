@@ -31,7 +31,6 @@ OUT_OF_MEMORY = ("out of memory", "alloc_failed", "cudnn_status_internal_error",
 RIDGE = 1e-2  # as a share of the mean variance of the student's channels
 FITTED = 8  # batches for the regression
 MEASURED = 2  # batches for the first measurement of the gradients
-MOST_MEASURED = 200  # the same with pool_weight=0, where a batch may be without any label that counts
 
 
 def choose_precision(trainer: Any) -> None:
@@ -78,10 +77,8 @@ def _prepare(trainer: Any, criterion: CWDLoss, size: int) -> list[float]:
         if trainer.cwd.adapter == "fitted":
             explained = fit(*parts, islice(batches, FITTED))
         if criterion.balanced.any():
-            most, done = MEASURED if trainer.cwd.pool_weight else MOST_MEASURED, 0
-            while done < MEASURED or (done < most and not criterion.meter.means.any()):
-                measure(*parts, next(batches), trainer.scaler.get_scale())
-                done += 1
+            for batch in islice(batches, MEASURED):
+                measure(*parts, batch, trainer.scaler.get_scale())
     return explained
 
 
@@ -185,7 +182,7 @@ def measure(
     images, lesson = batch["img"], teacher.lesson(batch["img"])
     with torch.enable_grad(), statistics_untouched(student):
         preds = student(images)
-        loss, _ = criterion.task_loss(preds, batch)
+        loss, _ = criterion.criterion(preds, batch)
         features, scores = _pyramid(criterion, preds), student_scores(preds) if criterion.classes else None
         maps = [features[level.student_index] for level in criterion.levels] + ([] if scores is None else [scores])
         divergences = criterion.compare(features, scores, lesson)

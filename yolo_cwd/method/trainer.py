@@ -27,7 +27,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_cwd import digits
-from yolo_cwd.config import ConfigError
+from yolo_cwd.config import ConfigError, unusable_data
 from yolo_cwd.method import columns
 from yolo_cwd.method.balance import clip_gradients
 from yolo_cwd.method.fpn import (
@@ -46,16 +46,17 @@ from yolo_cwd.method.memory import DistilledStep
 from yolo_cwd.method.prepare import choose_precision, measure, prepare
 from yolo_cwd.method.student import as_it_is, is_reshaped
 from yolo_cwd.method.teacher import load_teacher
-from yolo_cwd.pool.trainer import PooledTrainer
-from yolo_cwd.run import distributed, request, teacher_stage
+from yolo_cwd.pool.pool import Labeler, Pool
+from yolo_cwd.run import distributed, request
 from yolo_cwd.run.refusal import require_autocast, require_streams, unusable_student
-from yolo_cwd.tasks import task_of_trainer
+from yolo_cwd.run.resumable import ResumableTrainer
+from yolo_cwd.tasks import Task, task_of_trainer
 
 OTHER_TEACHER = "not the network that the run began with, and to which its adapters have been fitted; better begin anew"
 STUDENT_CLIP_NORM = 10.0  # what Ultralytics clips the student's gradient norm to
 
 
-class DistillingTrainer(PooledTrainer):
+class DistillingTrainer(ResumableTrainer):
     """Train a model with channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256).
 
     A class that is also derived from Ultralytics' trainer of a task (tasks.py) trains for that task.
@@ -63,14 +64,17 @@ class DistillingTrainer(PooledTrainer):
     Attributes:
         task: The task it trains for.
         cwd: The checked options.
+        pool: The images that the teacher has labeled; None if there are none.
         teacher: The frozen teacher.
-        stage: The training of the teacher before the student's; None if there is none.
         levels: The distilled levels, finest first; known once the student is built.
         level_weights: The weight of each of them, before the overall weight.
         adapters: One module a level, from student to teacher channels, trained with the student.
         reshaped: Whether the student keeps the shape of its checkpoint, which its YAML no longer describes.
         criterion: The student's criterion, once the training has begun.
     """
+
+    task: Task
+    pool: Pool | None = None
 
     def __init__(
         self,
@@ -96,9 +100,9 @@ class DistillingTrainer(PooledTrainer):
         with distributed.first_here_first():
             self.teacher = load_teacher(self.cwd.teacher, self.cwd.trust_teacher)
             arguments["data"] = digits.resolve(arguments.get("data", asked.base["data"]), self.task.name)
-            self.stage = self.plan_teacher(asked, get_cfg(asked.base, arguments))
-        labels = self.cwd.unlabeled or self.cwd.complete_labels
-        self.pool = self.label_pool(get_cfg(asked.base, arguments)) if labels else None
+        self.labeler = self.make_labeler(get_cfg(asked.base, arguments)) if self.cwd.labeling else None
+        if self.labeler:
+            self.labeler.refuse()
         self.levels: list[Level] = []
         self.level_weights: list[float] = []
         self.classes: list[int] = []
@@ -109,9 +113,33 @@ class DistillingTrainer(PooledTrainer):
         self.reshaped = False
         super().__init__(asked, arguments, _callbacks)
 
-    def plan_teacher(self, asked: request.Request, args: Any) -> teacher_stage.TeacherStage | None:
-        """Return the training of a teacher that does not know the data; None if there is none."""
-        return teacher_stage.planned(self.teacher, self.cwd, asked.options, args, self.task, asked.goes_on)
+    def make_labeler(self, args: Any) -> Labeler:
+        """Return what lets the teacher label images for these arguments."""
+        return Labeler(self.cwd, self.task, args)
+
+    def label_images(self) -> None:
+        """Let the teacher label the images of `unlabeled` and complete the labels of the others, and train on these."""
+        if self.labeler:
+            self.pool = self.labeler.label()
+            self.labeler.release()
+            self.data["train"] = self.pool.train
+
+    def get_dataset(self) -> Any:
+        """Resolve `data` as Ultralytics does."""
+        try:
+            return super().get_dataset()
+        except RuntimeError as error:
+            distributed.let_others_follow()  # to the same error, instead of waiting for an end that never comes
+            raise unusable_data(self.args.data, error.__cause__ or error) from error
+
+    def build_dataset(self, img_path: Any, mode: str = "train", batch: int | None = None) -> Any:
+        """Build a dataset as Ultralytics does; with a pool, `fraction` has already been applied."""
+        fraction = self.args.fraction
+        self.args.fraction = 1.0 if self.pool and mode == "train" else fraction
+        try:
+            return super().build_dataset(img_path, mode, batch)
+        finally:
+            self.args.fraction = fraction
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Prepare a batch as Ultralytics does, and add the teacher's pyramid of its images for the criterion.
@@ -194,6 +222,7 @@ class DistillingTrainer(PooledTrainer):
 
     def _setup_train(self) -> None:
         with self.folder.removed_on_failure():
+            self.label_images()
             super()._setup_train()
             self._wrap_criterion()
             self._prepare()
@@ -224,7 +253,6 @@ class DistillingTrainer(PooledTrainer):
             class_weight=self.class_weight,
             device=self.device,
             features=features,
-            weigh=self.weighing(),
         )
 
     def auto_batch(self) -> int:

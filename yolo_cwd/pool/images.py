@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +20,12 @@ from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.utils import TQDM, colorstr
 from ultralytics.utils.patches import imread
 
-from yolo_cwd.config import ConfigError, exists
+from yolo_cwd.config import ConfigError, Settings, exists
 
 HELD_OUT = ("val", "test", "minival")  # splits of the data that no training may see
 LEAST_SIDE = 10  # pixels: Ultralytics trains on nothing smaller
-UNVERIFIED = {".bmp", ".jp2"}  # formats of which Pillow verifies no more than the head
+VERIFIED = {"JPEG", "PNG"}  # formats that Pillow verifies as a whole, and that OpenCV reads under these suffixes:
+SUFFIXES = {".jpg", ".jpeg", ".png"}
 READERS = 8  # threads: the disk sets the pace
 
 
@@ -40,26 +44,26 @@ class Survey(NamedTuple):
         unreadable: Number of files that are not images, or too small.
         duplicates: Number of images with the same content as another one in the pool.
         held_out: Number of images that are among those that models are scored on.
-        labelled: Number of images that are among the training images of the data.
+        labeled: Number of images that are among the training images of the data.
     """
 
     images: list[Path]
     unreadable: int = 0
     duplicates: int = 0
     held_out: int = 0
-    labelled: int = 0
+    labeled: int = 0
 
     def left_out(self) -> str:
         """Return in words what has been left out; an empty string if nothing was."""
         parts = {
             "unreadable": self.unreadable,
             "there twice": self.duplicates,
-            "among the training images": self.labelled,
+            "among the training images": self.labeled,
             "among the images that models are scored on": self.held_out,
         }
         return ", ".join(f"{count:,} {reason}" for reason, count in parts.items() if count)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """Return in words what is in it."""
         left_out = self.left_out()
         return f"{len(self.images):,} images can be used{left_out and f'; left out: {left_out}'}"
@@ -86,6 +90,9 @@ def _every_mention(sources: Iterable[str], argument: str = "") -> list[Path]:
             files = _files_of(source)
         except UnicodeDecodeError as error:
             raise ConfigError(f"{argument or 'data'}={source}: not text in UTF-8; save the list as UTF-8") from error
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror})"
+            raise ConfigError(f"{argument or 'data'}={source}: {reason}; let yourself read the list") from error
         if not files and argument:
             raise ConfigError(f"{argument}={source}: names no file; give a folder, a glob, a .txt list, or an image")
         found.extend(file for file in files if file.rpartition(".")[-1].lower() in IMG_FORMATS)
@@ -95,7 +102,7 @@ def _every_mention(sources: Iterable[str], argument: str = "") -> list[Path]:
 def _files_of(source: str) -> list[str]:
     path = Path(source).absolute()
     if not exists(path):
-        return [file for match in _glob(str(path)) for file in _files_at(Path(match))] if "*" in source else []
+        return [file for match in _glob(str(path)) for file in _files_at(Path(match))] if glob.has_magic(source) else []
     if path.is_file() and path.suffix.lower() == ".txt":
         return _files_of_list(path)
     return _files_at(path)
@@ -164,7 +171,7 @@ def survey(images: Sequence[Path], data: Split) -> Survey:
     found: Counter[str] = Counter()
     for image in usable:
         content = contents[image]
-        reason = "held_out" if content in held_out else "labelled" if content in train else "duplicates"
+        reason = "held_out" if content in held_out else "labeled" if content in train else "duplicates"
         if content in held_out or content in train or content in kept:
             found[reason] += 1
         else:
@@ -189,26 +196,71 @@ def _size(file: Path) -> int:
 
 
 def is_readable(file: Path) -> bool:
-    """Return whether Ultralytics can train on a file."""
+    """Return whether Ultralytics can train on a file: its check admits it, and its reader reads it."""
     try:
         with Image.open(file) as image:
             image.verify()
-            large = min(image.size) >= LEAST_SIDE
-        if cut_off(file):
+            admitted = min(image.size) >= LEAST_SIDE and str(image.format).lower() in IMG_FORMATS | {"jpeg2000"}
+            verified = image.format in VERIFIED and file.suffix.lower() in SUFFIXES
+        if not verified or is_cut_off(file):
             with Image.open(file) as image:
                 image.load()
         str(file).encode()  # lists of images are in UTF-8
-        return large and (file.suffix.lower() not in UNVERIFIED or imread(str(file)) is not None)
+        return admitted and (verified or imread(str(file)) is not None)
     except Exception:
         return False
 
 
-def cut_off(file: Path) -> bool:
+def is_cut_off(file: Path) -> bool:
     """Return whether a file is a JPEG, whatever its name, that lacks its end; Ultralytics would repair it in place."""
     with file.open("rb") as opened:
         begin = opened.read(2)
         opened.seek(-2, 2)
         return begin == b"\xff\xd8" and opened.read() != b"\xff\xd9"
+
+
+@contextmanager
+def unrepaired(image: Path) -> Iterator[Path]:
+    """Yield an image for Ultralytics to check: a copy if it would be repaired in place, since it is the user's."""
+    try:
+        repair = is_cut_off(image)
+    except OSError:  # Ultralytics says what is wrong
+        repair = False
+    if not repair:
+        yield image
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(shutil.copyfile(image, Path(folder) / image.name))
+
+
+def select_images(
+    settings: Settings, images: Sequence[Path], data: Split, labeled: int, argument: str = "unlabeled"
+) -> Survey:
+    """Return which images of a pool are used: all that can be, or as many as `pool_ratio` allows.
+
+    Args:
+        settings: The checked options.
+        images: The images of the pool.
+        data: The images of the data set.
+        labeled: How many of its training images are used.
+        argument: The argument that names the pool.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    found = survey(images, data)
+    if not found.images:
+        reason = found.describe() if found.left_out() else "there are none"
+        raise ConfigError(f"{argument}={abbreviated(settings)}: {reason}; give other images")
+    if settings.pool_ratio is None or not data.train:
+        return found
+    return found._replace(images=evenly(found.images, max(1, round(settings.pool_ratio * labeled))))
+
+
+def abbreviated(settings: Settings) -> str:
+    """Return what names the images of a pool, for a message."""
+    text = ",".join(settings.unlabeled)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def evenly(images: Sequence[Path], most: int) -> list[Path]:

@@ -1,33 +1,24 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Turns a teacher's predictions on an image into labels that Ultralytics trains on, and into the image to go with them.
-
-An object that the teacher is not sure of is neither a label nor background. It is painted over with the grey that
-Ultralytics pads images with, so that the loss does not punish a student that finds it.
-"""
+"""Turns a teacher's predictions on an image into a label that Ultralytics trains on."""
 
 from __future__ import annotations
 
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-from ultralytics.data.utils import exif_size
+
+from yolo_cwd.tasks import Task
 
 Array = npt.NDArray[Any]
 
-GRAY = 114  # what Ultralytics pads images with
-COVERED = 0.5  # with this share of its box in that of a certain object, an uncertain one is the same object
 SAME = 0.5  # two boxes that share this much of the larger one show the same object
 SEEN = 0.5  # lowest confidence of a key point that counts as visible
 IGNORED = 255  # class of pixels that do not count
-SUFFIXES = {"semantic": ".png", "depth": ".npy"}  # of the files that hold the labels of these tasks
-MAPS = SUFFIXES.keys()  # tasks in which every pixel has a label
 
 
 class Label(NamedTuple):
@@ -37,26 +28,22 @@ class Label(NamedTuple):
         content: The content of its file.
         classes: The number of the teacher's objects of each class; of pixels, in tasks where every pixel has a class.
         confidences: The confidence of each of these objects.
-        certain: The corners [4, 2] of the box of each object, in pixels.
-        uncertain: The same for the objects to paint over.
-        labelled: The number of the teacher's objects that were already labelled, as something else.
+        already_labeled: The number of the teacher's objects that have a label of another class.
     """
 
     content: bytes
     classes: Counter[int]
     confidences: Sequence[float] = ()
-    certain: Sequence[Array] = ()
-    uncertain: Sequence[Array] = ()
-    labelled: int = 0
+    already_labeled: int = 0
 
 
-class Own(NamedTuple):
+class ExistingLabels(NamedTuple):
     """The existing labels of an image.
 
     Attributes:
         content: The content of its label file; it stays in front, byte for byte.
         shapes: The corners of the box of each object, or its outline [K, 2], as fractions of the image.
-        outlined: Whether the shapes are outlines; Ultralytics reads no file that has both.
+        outlined: Whether the shapes are outlines.
     """
 
     content: bytes = b""
@@ -64,88 +51,83 @@ class Own(NamedTuple):
     outlined: bool = False
 
 
-NOTHING = Own()
+NO_LABELS = ExistingLabels()
 
 
-class Form(NamedTuple):
+class LabelFormat(NamedTuple):
     """What the labels of a data set look like.
 
     Attributes:
-        task: One of Ultralytics' tasks.
+        task: The task.
         classes: The data's class for each of the teacher's classes; others are left out.
         folder: The name of the labels' folder, which is beside that of the images.
         point_values: Numbers per key point: 2, or 3 with its visibility.
+        point_columns: Number of columns of a row that would be taken for a box with key points, in tasks without any;
+            0 if there is none.
         raw_ids: The value in a class map for a class of the data, where it differs from the class number.
         outlined: Whether boxes are written as outlines, since the data's labels are: beside a box Ultralytics drops
             the outlines of all images.
     """
 
-    task: str
+    task: Task
     classes: Mapping[int, int]
     folder: str = "labels"
     point_values: int = 3
+    point_columns: int = 0
     raw_ids: Mapping[int, int] = {}
     outlined: bool = False
 
-    @property
-    def suffix(self) -> str:
-        """The suffix of label files."""
-        return SUFFIXES.get(self.task, ".txt")
+    def plain(self) -> tuple[Any, ...]:
+        """Return all of it as plain values in a fixed order."""
+        mappings = sorted(self.classes.items()), sorted(self.raw_ids.items())
+        return (self.task.name, *mappings, self.folder, self.point_values, self.point_columns, self.outlined)
 
 
-def label_of(result: Any, form: Form, conf: float, own: Own = NOTHING) -> Label:
+def label_of(result: Any, form: LabelFormat, conf: float, existing: ExistingLabels = NO_LABELS) -> Label:
     """Return the label of one image; its existing labels win over the teacher.
 
     Args:
-        result: Ultralytics' prediction, with objects of every confidence that matters.
+        result: Ultralytics' prediction, on the CPU.
         form: What labels look like.
-        conf: Lowest confidence of a certain object.
-        own: The existing labels of the image.
+        conf: Lowest confidence of an object.
+        existing: The existing labels of the image.
     """
-    result = result.cpu()
-    if form.task == "semantic":
+    if form.task.name == "semantic":
         return _class_map(result, form)
-    if form.task == "depth":
+    if form.task.name == "depth":
         return _depth_map(result)
-    found = result.obb if form.task == "obb" else result.boxes
-    kinds, confidences = found.cls.int().tolist(), found.conf.tolist()
-    corners = found.xyxyxyxy.numpy() if form.task == "obb" else corners_of(found.xyxy.numpy())
-    labelled = _boxes_around(own.shapes, result.orig_shape, turned=form.task == "obb")
-    ours = [i for i, kind in enumerate(kinds) if kind in form.classes]
-    sure = [i for i in ours if confidences[i] >= conf]
-    certain = [i for i in sure if not _is_among(corners[i], labelled)]
-    row_of = ROWS["segment" if (own.outlined or form.outlined) and form.task == "detect" else form.task]
-    rows = [(form.classes[kinds[i]], *row_of(result, i, form)) for i in certain]
-    content = "".join(f"{kind} {' '.join(f'{x:.6f}' for x in row)}\n" for kind, *row in rows)
-    gap = "\n" if rows and own.content and not own.content.endswith(b"\n") else ""
-    there = [*labelled, *corners[certain]]
+    turned = form.task.name == "obb"
+    found = result.obb if turned else result.boxes
+    class_ids, confidences = found.cls.int().tolist(), found.conf.tolist()
+    corners = found.xyxyxyxy.numpy() if turned else corners_of(found.xyxy.numpy())
+    labeled = _boxes_around(existing.shapes, result.orig_shape, turned)
+    sure = [i for i, c in enumerate(class_ids) if c in form.classes and confidences[i] >= conf]
+    new = [i for i in sure if not _is_among(corners[i], labeled)]
+    rows = [(form.classes[class_ids[i]], *_row(result, i, form)) for i in new]
+    content = "".join(f"{class_id} {' '.join(f'{x:.6f}' for x in row)}\n" for class_id, *row in rows)
+    gap = "\n" if rows and existing.content and not existing.content.endswith(b"\n") else ""
     return Label(
-        content=own.content + (gap + content).encode(),
+        content=existing.content + (gap + content).encode(),
         classes=Counter(int(row[0]) for row in rows),
-        confidences=[confidences[i] for i in certain],
-        certain=there,
-        uncertain=[corners[i] for i in ours if confidences[i] < conf and not _covered(corners[i], there)],
-        labelled=len(sure) - len(certain),
+        confidences=[confidences[i] for i in new],
+        already_labeled=len(sure) - len(new),
     )
 
 
-def no_label(image: Path, form: Form) -> Label:
-    """Return the label of an image that has none: no object, or a map in which no pixel counts."""
-    if form.task not in MAPS:
-        return Label(b"", Counter())
-    with Image.open(image) as opened:
-        size = exif_size(opened)[::-1]
-    if form.task == "depth":
-        return Label(_array_file(np.zeros(size, np.float32)), Counter())
-    return Label(cv2.imencode(".png", np.full(size, IGNORED, np.uint8))[1].tobytes(), Counter())
+def _row(result: Any, i: int, form: LabelFormat) -> list[float]:
+    """Return what follows the class in the row of an object."""
+    row = ROWS["segment" if form.outlined and form.task.name == "detect" else form.task.name](result, i, form)
+    if 1 + len(row) == form.point_columns:
+        row += row[-2:]  # the last point of the outline twice, so that none of it is taken for key points
+    return row
 
 
-def _box(result: Any, i: int, _: Form) -> list[float]:
+def _box(result: Any, i: int, _: LabelFormat) -> list[float]:
     box: list[float] = result.boxes.xywhn[i].tolist()
     return box
 
 
-def _polygon(result: Any, i: int, _: Form) -> list[float]:
+def _polygon(result: Any, i: int, _: LabelFormat) -> list[float]:
     """Return the outline of a mask, or of the box if the mask has no outline."""
     outline = result.masks.xyn[i] if result.masks is not None else []
     if len(outline) < 3:
@@ -154,7 +136,7 @@ def _polygon(result: Any, i: int, _: Form) -> list[float]:
     return points
 
 
-def _oriented_box(result: Any, i: int, _: Form) -> list[float]:
+def _oriented_box(result: Any, i: int, _: LabelFormat) -> list[float]:
     """Return the corners of a box, clipped if Ultralytics would otherwise refuse the image with all its labels."""
     corners = result.obb.xyxyxyxyn[i].numpy()  # [4, 2]
     low, high = corners.min(axis=0), corners.max(axis=0)
@@ -164,7 +146,7 @@ def _oriented_box(result: Any, i: int, _: Form) -> list[float]:
     return points
 
 
-def _pose(result: Any, i: int, form: Form) -> list[float]:
+def _pose(result: Any, i: int, form: LabelFormat) -> list[float]:
     points = result.keypoints.xyn[i].numpy().clip(0, 1)  # [K, 2]
     if form.point_values == 3:
         confidence = result.keypoints.conf
@@ -173,7 +155,7 @@ def _pose(result: Any, i: int, form: Form) -> list[float]:
     return [*_box(result, i, form), *points.ravel().tolist()]
 
 
-ROWS: dict[str, Callable[[Any, int, Form], list[float]]] = {  # what follows the class in a line of a label file
+ROWS: dict[str, Callable[[Any, int, LabelFormat], list[float]]] = {  # what follows the class in a line of a label file
     "detect": _box,
     "segment": _polygon,
     "obb": _oriented_box,
@@ -181,19 +163,19 @@ ROWS: dict[str, Callable[[Any, int, Form], list[float]]] = {  # what follows the
 }
 
 
-def _class_map(result: Any, form: Form) -> Label:
+def _class_map(result: Any, form: LabelFormat) -> Label:
     semantic = result.semantic_mask
     values = np.asarray(getattr(semantic, "data", semantic)).squeeze()
     table = np.full(max(256, int(values.max()) + 1), IGNORED, np.uint8)
     for theirs, ours in form.classes.items():
         table[theirs] = ours
-    kinds = table[values.astype(int)]
-    counts = Counter({int(k): int(n) for k, n in zip(*np.unique(kinds, return_counts=True), strict=True)})
+    class_ids = table[values.astype(int)]
+    counts = Counter({int(k): int(n) for k, n in zip(*np.unique(class_ids, return_counts=True), strict=True)})
     del counts[IGNORED]
     ids = np.arange(256, dtype=np.uint8)
     for ours, raw in form.raw_ids.items():
         ids[ours] = raw
-    return Label(cv2.imencode(".png", ids[kinds])[1].tobytes(), counts)
+    return Label(cv2.imencode(".png", ids[class_ids])[1].tobytes(), counts)
 
 
 def _depth_map(result: Any) -> Label:
@@ -235,28 +217,6 @@ def _shared(box: Array, other: Array) -> float:
     return float(cv2.intersectConvexConvex(box.astype(np.float32), other.astype(np.float32))[0])
 
 
-def _covered(box: Array, certain: Sequence[Array]) -> bool:
-    """Return whether so much of a box lies in a certain one that both are likely to show the same object."""
-    return any(_shared(box, c) >= COVERED * _area(box) for c in certain)
-
-
-def _is_among(box: Array, labelled: Sequence[Array]) -> bool:
-    """Return whether a box shows a labelled object; a helmet in the box of its wearer is a different one."""
-    return any(_shared(box, other) >= SAME * max(_area(box), _area(other)) for other in labelled)
-
-
-def painted(image: Array, uncertain: Sequence[Array], certain: Sequence[Array]) -> Array:
-    """Return a copy of an image [H, W, C] with uncertain objects painted grey, except where a certain one is.
-
-    Args:
-        image: The image.
-        uncertain: Corners [4, 2] of the objects to paint over.
-        certain: Corners [4, 2] of the objects that stay.
-    """
-    over = np.zeros(image.shape[:2], np.uint8)
-    for value, boxes in ((1, uncertain), (0, certain)):
-        for box in boxes:
-            cv2.fillPoly(over, [np.round(box).astype(np.int32)], value)
-    copy = image.copy()
-    copy[over.astype(bool)] = GRAY
-    return copy
+def _is_among(box: Array, labeled: Sequence[Array]) -> bool:
+    """Return whether a box shows a labeled object; a helmet in the box of its wearer is a different one."""
+    return any(_shared(box, other) >= SAME * max(_area(box), _area(other)) for other in labeled)

@@ -39,11 +39,8 @@ Need = tuple[str, Callable[[Settings], Any]]
 NEEDS: dict[str, Need] = {  # what an option has no effect without, and whether it is there
     "share": (f"cwd={BALANCED}", lambda settings: settings.balanced),
     "cwd_final": ("schedule=cosine", lambda settings: settings.schedule != "constant"),
-    **dict.fromkeys(
-        ("pool_conf", "pool_unsure", "pool_precision"),
-        ("labels by the teacher: unlabeled= or complete_labels=True", lambda settings: settings.labelling),
-    ),
-    **dict.fromkeys(("pool_ratio", "pool_weight", "pool_classes"), ("unlabeled=", lambda settings: settings.unlabeled)),
+    "pool_conf": ("labels by the teacher: unlabeled= or complete_labels=True", lambda settings: settings.labeling),
+    **dict.fromkeys(("pool_ratio", "pool_classes"), ("unlabeled=", lambda settings: settings.unlabeled)),
 }
 
 

@@ -31,9 +31,7 @@ from yolo_cwd import digits
 from yolo_cwd.config import ConfigError
 from yolo_cwd.method.prepare import autocast_of
 from yolo_cwd.method.teacher import wait_for
-from yolo_cwd.pool import complete, confidence, store
-from yolo_cwd.pool.images import Survey
-from yolo_cwd.pool.plan import whole_teacher
+from yolo_cwd.pool.pool import Labeler
 from yolo_cwd.run.score import knows, score
 from yolo_cwd.study.advice import as_text, compare_classes, verdict
 from yolo_cwd.study.rehearsal import Unheard, passing_folder, set_up
@@ -48,19 +46,18 @@ TURNS = 3  # steps on each batch; the first is for warming up
 class Trial(Unheard, CWDTrainer):
     """A trainer that is set up and runs a few steps, on made-up images if no data are given."""
 
-    unlabeled: Survey | None = None
-    completed: str | None = None
+    labels: dict[str, str]
 
-    def label_pool(self, args: Any) -> None:
-        """Count the images that the teacher would label, without labelling them."""
+    def make_labeler(self, args: Any) -> Labeler:
+        """Return what labels images; made-up ones need no labels."""
         args.data = None if args.data == MADE_UP else args.data
-        confidence.refuse_maps(self.cwd, self.task.name)
-        if self.cwd.complete_labels:
-            self.completed = complete.count(self.cwd, self.task.name, args)
-        elif self.cwd.labelling:
-            whole_teacher(self.cwd, self.task.name)  # refuses one that cannot label
-        if self.cwd.unlabeled:
-            self.unlabeled = store.count(self.cwd, args)
+        return super().make_labeler(args)
+
+    def label_images(self) -> None:
+        """Say what the teacher would label, without labeling it."""
+        self.labels = self.labeler.survey() if self.labeler else {}
+        if self.labeler:
+            self.labeler.release()
 
     def get_dataset(self) -> Any:
         """Resolve `data`, or make up two full batches of digits that suit the student's classes."""
@@ -144,8 +141,8 @@ def examine(words: dict[str, Any], folder: Path) -> dict[str, Any]:
         "imgsz": size,
         **_cost(trainer),
         "levels": _levels(trainer),
-        "unlabeled": None if trainer.unlabeled is None else trainer.unlabeled.told(),
-        "completed": trainer.completed,
+        "unlabeled": trainer.labels.get("unlabeled"),
+        "completed": trainer.labels.get("complete_labels"),
         "classes": _classes(trainer, embedded),
     }
     if embedded:

@@ -48,6 +48,9 @@ class DistilledRehearsal(Unheard, CWDTrainer):
     """A distilled training that checks everything that can be refused, and skips what takes time."""
 
     def _setup_train(self) -> None:
+        if self.labeler:
+            self.labeler.survey()
+            self.labeler.release()
         super(DistillingTrainer, self)._setup_train()
         if self.cwd.cwd:
             choose_precision(self)

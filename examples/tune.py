@@ -28,13 +28,13 @@ def main() -> None:
     ours = {"trainer": CWDTrainer, "teacher": str(Path(words.pop("teacher")).resolve())}
     space = {
         **ours,
-        "cwd": tune.loguniform(10, 1000),
+        "share": tune.loguniform(0.25, 4),
         "tau": tune.loguniform(0.5, 4),
         "lr0": tune.loguniform(1e-4, 1e-2),
     }
     results = YOLO(student).tune(use_ray=True, iterations=iterations, space=space, **words)
     best = results.get_best_result("metrics/mAP50-95(B)", "max")
-    chosen = " ".join(f"{name}={best.config[name]:.4g}" for name in ("cwd", "tau", "lr0"))
+    chosen = " ".join(f"{name}={best.config[name]:.4g}" for name in ("share", "tau", "lr0"))
     print(f"{chosen}: mAP50-95 {100 * best.metrics['metrics/mAP50-95(B)']:.1f} on the validation images")
 
 

@@ -72,7 +72,15 @@ def _words(folder: Path, task: str, epochs: int) -> list[str]:
     family = "yolo26" if task in digits.LABEL_FOLDERS else "yolov8"  # YOLOv8 has no models for maps
     teacher, student = (f"{family}{size}{TASKS[task].suffix}.yaml" for size in "sn")
     new = f"teacher={teacher} student={student} data={data} imgsz=64 batch=4 epochs={epochs} amp=False plots=False"
-    return [*new.split(), "device=cpu", "save_period=3", f"project={folder}", "name=run", "exist_ok=True"]
+    return [
+        *new.split(),
+        "teacher_epochs=0",
+        "device=cpu",
+        "save_period=3",
+        f"project={folder}",
+        "name=run",
+        "exist_ok=True",
+    ]
 
 
 def _start(folder: Path, words: list[str]) -> subprocess.Popen[bytes]:

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import logging
 import os
 import shutil
 import tempfile
@@ -21,11 +22,13 @@ import yaml
 from torch import nn
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import yaml_model_load
+from ultralytics.utils import LOGGER
 
 from yolo_cwd import digits
 from yolo_cwd.tasks import TASKS
 from yolo_cwd.trainer import CWDTrainer
 
+pytest_plugins = ["labeling", "staging"]
 FOLDER = Path(os.environ["YOLO_CONFIG_DIR"])
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 torch.set_num_threads(1)
@@ -133,6 +136,13 @@ def late_imports_are_not_searched() -> Iterator[None]:
     pytest_collection_finish()
 
 
+@pytest.fixture(autouse=True)
+def ultralytics_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Ultralytics' logger speak, whatever a library that another test has used did to it."""
+    monkeypatch.setattr(LOGGER, "disabled", False)
+    LOGGER.setLevel(logging.INFO)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def coarse_pictures() -> Iterator[None]:
     """Save figures with few pixels."""
@@ -175,7 +185,10 @@ def short_trainings(data: str, folder: Path) -> Callable[..., CWDTrainer]:
     def run(final: bool = False, **overrides: Any) -> CWDTrainer:
         callbacks = overrides.pop("callbacks", {})
         project = str(folder / "runs")
-        trainer = CWDTrainer(overrides={**TAUGHT, **SHORT, "data": data, "project": project, **overrides})
+        words = {**TAUGHT, **SHORT, "data": data, "project": project, **overrides}
+        if words["cwd"] == "balanced":
+            words.setdefault("share", 1.0)  # whatever the teacher knows
+        trainer = CWDTrainer(overrides=words)
         for event, callback in callbacks.items():
             trainer.add_callback(event, callback)
         if not final:

@@ -135,6 +135,18 @@ def load_without_us(file: str) -> None:
     print(type(model.criterion).__module__, *items)
 
 
+def write_alone(folder: str) -> None:
+    """Join the other processes, hold the lock of a folder for longer than another one tries to, and note it."""
+    from yolo_cwd.pool.store import writing_alone
+    from yolo_cwd.run import torchrun
+
+    torchrun.join("cpu")
+    with writing_alone(Path(folder), "unlabeled=x"):
+        time.sleep(2)
+        with Path(folder).with_name("said").open("a") as file:
+            file.write(f"{os.environ['RANK']} ")
+
+
 def together(processes: int, function: str, *words: str, cwd: Path) -> list[Ended]:
     """Let so many processes join, as `torchrun` does: once one of them fails, it ends the others."""
     from ultralytics.utils.dist import find_free_network_port

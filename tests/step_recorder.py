@@ -56,7 +56,9 @@ class Recorder(CWDTrainer):
         """Compare the models of the processes, while they are still joined."""
         if self.epoch + 1 < self.epochs:
             return
-        ours = torch.cat([p.detach().flatten() for module in (self.model, self.adapters) for p in module.parameters()])
+        ours = torch.cat(
+            [p.detach().flatten() for module in (self.model, self.distillation.terms) for p in module.parameters()]
+        )
         theirs, loss = [ours], self.losses[0].clone()
         if dist.is_initialized():
             theirs = [torch.empty_like(ours) for _ in range(dist.get_world_size())]
@@ -69,7 +71,7 @@ class Recorder(CWDTrainer):
         clip = nn.utils.clip_grad_norm_
         nn.utils.clip_grad_norm_ = lambda *args, **kwargs: None
         step, recorded = self.optimizer.step, self.gradients
-        named = [*self.model.named_parameters(), *self.adapters.named_parameters(prefix="adapters")]
+        named = [*self.model.named_parameters(), *self.distillation.terms.named_parameters(prefix="adapters")]
 
         def recording_step(*args: Any, **kwargs: Any) -> Any:
             for name, parameter in named:

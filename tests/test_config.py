@@ -66,17 +66,13 @@ def test_levels_that_do_not_exist(given: object) -> None:
         ("cwd", math.nan),
         ("cwd", [1]),
         ("cwd_final", 1.5),
-        ("cwd_warmup", -1),
         ("level_weights", (1, -1)),
         ("level_weights", []),
         ("level_weights", "high"),
         ("schedule", "cosin"),
         ("schedule", 1),
-        ("normalize", "yes"),
-        ("normalize", 1),
         ("adapter", None),
         ("adapter", "mlp"),
-        ("teacher_forward", "cudagraph"),
         ("teacher", None),
         ("teacher", ""),
         ("teacher", 8),
@@ -100,11 +96,6 @@ def test_linear_weight() -> None:
 def test_cosine_weight() -> None:
     weights = [settings(cwd=2, schedule="cosine", cwd_final=0.0).weight(epoch, 5) for epoch in range(5)]
     assert weights == pytest.approx([2, 1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5), 0], abs=1e-12)
-
-
-def test_weight_rises_during_warmup() -> None:
-    weights = [settings(cwd=4, schedule="constant", cwd_warmup=3).weight(epoch, 9) for epoch in range(5)]
-    assert weights == [1, 2, 3, 4, 4]
 
 
 def test_weight_of_a_single_epoch() -> None:

@@ -77,7 +77,7 @@ def test_labels_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a black background without noise, the box of each digit is the box of its ink."""
     monkeypatch.setattr(digits, "_background", lambda rng: np.zeros((digits.SIZE, digits.SIZE, 3)))
     monkeypatch.setattr(digits, "_heights", lambda rng: np.array([40.0]))
-    monkeypatch.setattr(digits, "_ink_colour", lambda window, rng: np.full(3, 255.0))
+    monkeypatch.setattr(digits, "_ink_color", lambda window, rng: np.full(3, 255.0))
     monkeypatch.setattr(digits.cv2, "GaussianBlur", lambda image, *args: image)
     rng = np.random.default_rng(0)
     monkeypatch.setattr(digits, "_render", lambda scan, height, rng: (np.ones((40, 25)), 0.0))

@@ -1,12 +1,10 @@
-"""The examples for clusters and for Ray Tune, and the model of scaling."""
+"""The examples for clusters and for Ray Tune."""
 
-import importlib.util
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -68,46 +66,6 @@ def test_ray_tune(data: str, tmp_path: Path) -> None:
     command = [sys.executable, EXAMPLES / "tune.py", *(f"{k}={v}" for k, v in given.items())]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
-    assert re.match(r"cwd=\S+ tau=\S+ lr0=\S+: mAP50-95 ", result.stdout.splitlines()[-1])
-    weights = [yaml.safe_load(file.read_text())["cwd"] for file in tmp_path.glob("tune_*/cwd.yaml")]
-    assert len(set(weights)) == 2
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    spec = importlib.util.spec_from_file_location("scale_model", ROOT / "scripts" / "scale_model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_ring(model: Any) -> None:
-    a = {"inside_gbs": 1, "outside_gbs": 0.5, "latency_us": 1000, "gpus_a_machine": 2}
-    assert model.ring_seconds(1, 1e9, a) == 0
-    assert model.ring_seconds(2, 1e9, a) == pytest.approx(2 * (2 + 0.001))  # two messages of half of 4 GB
-    assert model.ring_seconds(4, 1e9, a) == pytest.approx(6 * (2 + 0.001))  # six of a quarter, at half the speed
-
-
-def test_step(model: Any) -> None:
-    a = {**model.ASSUMED, "batch": 10, "student_gflops": 1, "teacher_gflops": 10, "student_tflops": 1}
-    a |= {"teacher_tflops": 10, "latency_us": 0, "images_a_core": 1000, "cores": 1}
-    alone = model.step(1, a)
-    assert (alone["student"], alone["teacher"], alone["gradients"]) == pytest.approx((0.030, 0.010, 0))
-    assert alone["step"] == pytest.approx(0.040)
-    assert alone["images/s"] == pytest.approx(250)
-    slow = {**a, "inside_gbs": 0.1}  # 2 * 1/2 of 12.628 MB and of 0.852 MB at 0.1 GB/s, 20 ms of the first hidden
-    assert model.step(2, slow)["gradients"] == pytest.approx(0.12628 - 0.020 + 0.00852)
-    assert model.step(1, {**a, "images_a_core": 100})["step"] == pytest.approx(0.1)  # the loader's
-
-
-def test_page_shows_the_table() -> None:
-    script = ROOT / "scripts" / "scale_model.py"
-    table = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
-    assert table in (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
-
-
-def test_script_refuses_unknown_words() -> None:
-    script = ROOT / "scripts" / "scale_model.py"
-    result = subprocess.run([sys.executable, script, "gpus=3"], capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert result.stderr.startswith("gpus: unknown")
+    assert re.match(r"share=\S+ tau=\S+ lr0=\S+: mAP50-95 ", result.stdout.splitlines()[-1])
+    shares = [yaml.safe_load(file.read_text())["share"] for file in tmp_path.glob("tune_*/cwd.yaml")]
+    assert len(set(shares)) == 2

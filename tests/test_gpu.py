@@ -17,7 +17,7 @@ from ultralytics import YOLO
 
 from yolo_cwd import CWDTrainer
 from yolo_cwd.cli import main
-from yolo_cwd.method.loss import channel_wise_divergence
+from yolo_cwd.method.divergence import channel_wise_divergence
 from yolo_cwd.method.teacher import MAX_ERROR, load_teacher
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -87,7 +87,7 @@ def test_an_infinite_gradient_skips_the_step_of_student_and_adapters_alike(train
         def noted() -> None:
             if not changed:
                 trainer.model.model[0].conv.weight.grad.fill_(torch.inf)
-            watched = trainer.model.model[0].conv.weight, trainer.adapters[0].weight
+            watched = trainer.model.model[0].conv.weight, trainer.distillation.terms[0].adapter.weight
             before = copy.deepcopy(watched)
             step()
             changed.append(tuple(not torch.equal(b, w) for b, w in zip(before, watched, strict=True)))
@@ -110,7 +110,7 @@ def test_adapters_are_unscaled_with_the_student(train: Train, teacher: str) -> N
 
         def noted(*args: Any, **kwargs: Any) -> Any:
             if len(seen[-1]) == 0:
-                seen[-1].extend(p.grad.detach().clone() for p in trainer.adapters.parameters())
+                seen[-1].extend(p.grad.detach().clone() for p in trainer.distillation.terms.parameters())
             return step(*args, **kwargs)
 
         trainer.optimizer.step = noted
@@ -126,27 +126,27 @@ def test_a_teacher_that_overflows_leaves_the_student_finite(train: Train, teache
     dropped: list[int] = []
 
     def overflow(trainer: CWDTrainer) -> None:
-        lesson = trainer.teacher.lesson
+        maps = trainer.distillation.teacher.maps
 
         def too_large(images: torch.Tensor) -> Any:
-            shown = lesson(images)
-            return shown._replace(pyramid=[(m.half().abs() + 1) * 60000 * 60000 for m in shown.pyramid])
+            made = maps(images)
+            return made._replace(pyramid=[(m.half().abs() + 1) * 60000 * 60000 for m in made.pyramid])
 
-        trainer.teacher.lesson = too_large
+        trainer.distillation.teacher.maps = too_large
 
     def read(trainer: CWDTrainer) -> None:
-        dropped.append(int(trainer.criterion.dropped))
+        dropped.append(int(trainer.distillation.criterion.skipped_terms))
 
     trainer = train(
         teacher=teacher, device=DEVICE, amp=True, callbacks={"on_train_start": overflow, "on_train_batch_end": read}
     )
     assert dropped == [3, 6]
-    assert all(p.isfinite().all() for p in [*trainer.model.parameters(), *trainer.adapters.parameters()])
+    assert all(p.isfinite().all() for p in [*trainer.model.parameters(), *trainer.distillation.terms.parameters()])
 
 
 def test_the_teacher_takes_float16_in_channels_last_order(teacher: str, data: str, device: torch.device) -> None:
     loaded = load_teacher(teacher)
-    loaded.settle(device)
+    loaded.place(device)
     image = cv2.imread(str(next(Path(data).parent.glob("images/train/*.jpg"))))
     images = torch.from_numpy(image).permute(2, 0, 1)[None].to(device) / 255
     loaded.calibrate("auto", images)
@@ -166,29 +166,6 @@ def test_the_command_trains_on_a_gpu(data: str, teacher: str, tmp_path: Path) ->
     assert (tmp_path / "run" / "weights" / "best.pt").is_file()
 
 
-@pytest.mark.parametrize("amp", [False, True], ids=["float32", "mixed precision"])
-@pytest.mark.parametrize(
-    "more", [{}, {"cwd": "balanced", "adapter": "fitted"}, {"nbs": 8}], ids=["", "balanced", "accumulated"]
-)
-def test_a_stream_of_its_own_for_the_teacher_changes_no_loss(
-    train: Train, teacher: str, amp: bool, more: dict[str, Any]
-) -> None:
-    found: dict[str, list[list[float]]] = {}
-    for forward in ("eager", "stream"):
-        losses: list[list[float]] = []
-        found[forward] = losses
-
-        def read(trainer: CWDTrainer, losses: list[list[float]] = losses) -> None:
-            losses.append([float(value) for value in trainer.loss_items.values()])
-
-        options = {**more, "teacher": teacher, "amp": amp, "teacher_forward": forward, "epochs": 4, "batch": 2}
-        trainer = train(device=DEVICE, **options, callbacks={"on_train_batch_end": read})
-        assert (trainer.teacher._stream is not None) == (forward == "stream")
-    assert len(found["stream"]) == 16
-    for ours, theirs in zip(found["stream"], found["eager"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-2 if amp else 1e-4)
-
-
 def test_a_training_with_the_defaults_is_taught_at_every_level_and_resumes(
     train: Train, teacher: str, tmp_path: Path
 ) -> None:
@@ -197,8 +174,8 @@ def test_a_training_with_the_defaults_is_taught_at_every_level_and_resumes(
     last = interrupted(train, tmp_path, 2, epochs=3, teacher=teacher, device=DEVICE, **options)
     trainer = resume(last)
     assert trainer.start_epoch == 2
-    assert trainer.criterion.unknown == []
-    assert all(p.isfinite().all() for p in trainer.adapters.parameters())
+    assert trainer.distillation.criterion.unmeasured == []
+    assert all(p.isfinite().all() for p in trainer.distillation.terms.parameters())
     assert all(row[f"train/{level}_share"] > 0 for row in rows(trainer)[:2] for level in ("P3", "P4", "P5"))
 
 
@@ -217,7 +194,7 @@ def test_balanced_weights_do_not_depend_on_mixed_precision(train: Train, teacher
     weights, balanced = [], {"cwd": "balanced", "adapter": "fitted"}
 
     def read(trainer: CWDTrainer) -> None:
-        weights.append(trainer.criterion.weights.tolist())
+        weights.append(trainer.distillation.criterion.weights.tolist())
 
     for amp in (True, False):
         train(**balanced, teacher=teacher, device=DEVICE, amp=amp, callbacks={"on_train_batch_end": read})

@@ -19,10 +19,13 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_cwd import CWDTrainer
-from yolo_cwd.config import ConfigError
-from yolo_cwd.method.prepare import Regression, autocast_of, measure
-from yolo_cwd.method.teacher import Teacher
-from yolo_cwd.run.state import FILE, load_state
+from yolo_cwd.config import ConfigError, Settings
+from yolo_cwd.method.fpn import match_levels, pyramid_taps
+from yolo_cwd.method.prepare import measure
+from yolo_cwd.method.regression import Regression
+from yolo_cwd.method.teacher import Teacher, TeacherMaps
+from yolo_cwd.method.terms import StudentMaps, Term, build_terms
+from yolo_cwd.run.state import load_state
 
 PRETRAINED = Path(__file__).parents[2] / "shared" / "data" / "pretrained"
 Train = Callable[..., CWDTrainer]
@@ -55,8 +58,8 @@ def table(trainer: CWDTrainer) -> list[dict[str, float]]:
 
 def test_a_weight_that_is_given_is_fixed(train: Train, student: str) -> None:
     trainer = train(model=student, cwd=10.0)
-    assert trainer.criterion.weight == 10.0
-    assert trainer.criterion.weights.tolist() == [10.0, 10.0, 10.0]
+    assert trainer.distillation.criterion.weight == 10.0
+    assert trainer.distillation.criterion.weights.tolist() == [10.0, 10.0, 10.0]
 
 
 def test_distillation_gets_its_share_of_the_gradient(train: Train, student: str, teacher: DetectionModel) -> None:
@@ -94,13 +97,13 @@ def test_the_weight_is_that_of_gradients_taken_apart(
     shares: list[float] = []
 
     def look(trainer: CWDTrainer) -> None:
-        criterion, batch = trainer.criterion, trainer.preprocess_batch(next(iter(trainer.train_loader)))
+        criterion, batch = trainer.distillation.criterion, trainer.preprocess_batch(next(iter(trainer.train_loader)))
         criterion.weight = 1.0
         criterion.meter.means.zero_()
-        measure(criterion, trainer.model, trainer.teacher, batch)
-        batch["lesson"] = trainer.teacher.lesson(batch["img"])
+        measure(criterion, trainer.model, trainer.distillation.teacher, batch)
+        batch["teacher"] = trainer.distillation.teacher.maps(batch["img"])
         preds = trainer.model.train()(batch["img"])
-        maps = preds["scores"] if trainer.classes else preds["feats"][2]
+        maps = preds["scores"] if trainer.distillation.classes else preds["feats"][2]
         losses = [loss(preds, batch)[0].sum() for loss in (criterion.criterion, criterion)]
         task, whole = (torch.autograd.grad(loss, maps, retain_graph=True)[0] for loss in losses)
         shares.append(float((whole - task).norm() / task.norm()))
@@ -118,10 +121,10 @@ def test_a_measurement_does_not_depend_on_the_loss_scale(train: Train, student: 
     found: list[torch.Tensor] = []
 
     def look(trainer: CWDTrainer) -> None:
-        criterion, batch = trainer.criterion, trainer.preprocess_batch(next(iter(trainer.train_loader)))
+        criterion, batch = trainer.distillation.criterion, trainer.preprocess_batch(next(iter(trainer.train_loader)))
         for scale in (1.0, 65536.0, 1e38):  # with the last one, every gradient overflows at first
             criterion.meter.means.zero_()
-            measure(criterion, trainer.model, trainer.teacher, batch, scale)
+            measure(criterion, trainer.model, trainer.distillation.teacher, batch, scale)
             found.append(criterion.meter.means.clone())
 
     train(model=student, teacher=teacher, cwd="balanced", callbacks={"on_train_start": look})
@@ -137,7 +140,7 @@ def test_adapters_begin_fitted(train: Train) -> None:
     for adapter in ("conv", "fitted"):
         trainer = train(model=student, teacher=teacher, adapter=adapter, lr0=1e-7, seed=1)
         first[adapter] = [table(trainer)[0][f"train/{level}_nats"] for level in ("P3", "P4", "P5")]
-    assert all(0.1 < share <= 1 for share in trainer.explained)
+    assert all(0.1 < share <= 1 for share in trainer.distillation.explained)
     assert all(fitted < random for fitted, random in zip(first["fitted"], first["conv"], strict=True))
 
 
@@ -185,19 +188,19 @@ def test_adapters_without_a_fit_are_refused(
 def test_fitting_has_the_mixed_precision_of_the_training(
     amp: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = SimpleNamespace(args=SimpleNamespace(amp=amp), amp=bool(amp), device=torch.device("cuda"))
-    monkeypatch.setattr("yolo_cwd.method.prepare.autocast", lambda enabled, device: (enabled, device))
-    assert autocast_of(trainer) == (expected, "cuda")
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(amp=amp), amp=bool(amp), device=torch.device("cuda"))
+    monkeypatch.setattr("yolo_cwd.trainer.autocast", lambda enabled, device: (enabled, device))
+    assert CWDTrainer.autocast(trainer) == (expected, "cuda")
 
 
 def test_a_resumed_run_goes_on_with_its_rule_and_its_measurements(train: Train, tmp_path: Path, student: str) -> None:
     last = interrupted(train, tmp_path, 1, epochs=2, model=student, cwd="balanced")
     kept = load_state(last).epochs[0]["measured"]
     seen: list[Any] = []
-    trainer = resume(last, {"on_train_start": lambda t: seen.append(t.criterion.meter.means.tolist())})
-    assert trainer.cwd.balanced
-    assert seen[0] == [pytest.approx(row) for row in kept]
-    assert trainer.explained == [], "fitted once"
+    trainer = resume(last, {"on_train_start": lambda t: seen.append(t.distillation.criterion.meter.means.tolist())})
+    assert trainer.settings.balanced
+    assert seen[0] == [pytest.approx(row) for row in kept.values()]
+    assert trainer.distillation.explained == [], "fitted once"
 
 
 def test_a_term_that_a_resumed_run_had_not_is_measured(
@@ -215,10 +218,10 @@ def test_a_term_that_a_resumed_run_had_not_is_measured(
     seen: list[Any] = []
     trainer = resume(
         last,
-        {"on_train_start": lambda t: seen.append(t.criterion.meter.means.tolist())},
+        {"on_train_start": lambda t: seen.append(t.distillation.criterion.meter.means.tolist())},
         teacher=str(tmp_path / "second.pt"),
     )
-    assert seen == [[*(pytest.approx(row) for row in kept), [0, 0]]]
+    assert seen == [[*(pytest.approx(row) for row in kept.values()), [0, 0]]]
     rows = table(trainer)[1:]
     assert [row[f"train/{name}_share"] > 0.05 for row in rows for name in ("P3", "P4", "P5", "classmap")] == [True] * 8
 
@@ -254,7 +257,7 @@ def test_class_maps_of_classes_that_are_left_out_are_not_taught(
     train: Train, student: str, teacher: DetectionModel
 ) -> None:
     """The teacher knows 7, 0, 3, 9 and 1."""
-    assert train(model=student, teacher=teacher, cwd="balanced", classes=[3, 4, 9]).classes == [3, 9]
+    assert train(model=student, teacher=teacher, cwd="balanced", classes=[3, 4, 9]).distillation.classes == [3, 9]
 
 
 def test_a_term_that_gets_no_gradient_is_told(
@@ -262,28 +265,8 @@ def test_a_term_that_gets_no_gradient_is_told(
 ) -> None:
     monkeypatch.setattr("ultralytics.utils.LOGGER.propagate", True)
     trainer = train(model=student, cwd="balanced", epochs=2, freeze=3)  # up to P3
-    assert trainer.criterion.unknown == ["P3"]
+    assert trainer.distillation.criterion.unmeasured == ["P3"]
     assert "P3: nothing is taught so far, no gradient arrives there" in caplog.text
-
-
-def test_a_run_of_the_first_release_resumes_with_its_rule(train: Train, tmp_path: Path, student: str) -> None:
-    last = interrupted(train, tmp_path, 1, epochs=2, model=student, cwd=100.0)
-    content = torch.load(last.parent / FILE, weights_only=True)
-    for name in ("share", "class_share"):
-        del content["options"][name]
-    for epoch in content["epochs"].values():
-        del epoch["measured"]
-    torch.save(content, last.parent / FILE)
-    csv_file = last.parents[1] / "results.csv"
-    names, *rows = (line.split(",") for line in csv_file.read_text().splitlines())
-    kept = [i for i, name in enumerate(names) if not name.endswith(("_share", "_nats"))]
-    csv_file.write_text("".join(",".join(row[i] for i in kept) + "\n" for row in (names, *rows)))
-    trainer = resume(last)
-    assert trainer.criterion.weight == 100.0
-    assert not trainer.criterion.classes
-    first, second = table(trainer)
-    assert first["train/P3_share"] != first["train/P3_share"], "nan: it was not measured then"
-    assert second["train/P3_share"] > 0
 
 
 @pytest.mark.parametrize("family", ["yolov8n.yaml", "yolo11n.yaml", "yolov10n.yaml", "yolo26n.yaml"])
@@ -296,9 +279,12 @@ def test_class_maps_are_the_teachers_logits_of_the_classes_that_both_know(family
         model.eval()(images)
         preds = model.eval()(images)[1]
         expected = preds.get("one2many", preds)["scores"]  # [N, 6, positions]
-    taught = Teacher(model)
-    assert taught.show_classes([str(i) for i in range(10)]) == [0, 1, 3, 7, 9]
-    maps = taught.lesson(images).classes
+    taught, student = Teacher(model), DetectionModel(family, nc=10, verbose=False)
+    taps = pyramid_taps(student, "student")
+    levels, names = match_levels(taps, taught.taps, None), [str(i) for i in range(10)]
+    *_, term = build_terms(Settings.parse({"teacher": "a.pt"}), levels, list(taps), student, taught, names)
+    assert term.classes == [0, 1, 3, 7, 9]
+    maps = term.of_teacher(taught.maps(images))
     assert len(maps) == 3
     found = torch.cat([m.flatten(2) for m in maps], -1)
     assert torch.allclose(found, expected[:, [2, 5, 3, 0, 4]], atol=1e-4)
@@ -308,7 +294,7 @@ def test_a_teacher_of_other_classes_shows_none(train: Train, student: str) -> No
     model = DetectionModel("yolov8n.yaml", nc=2, verbose=False)
     model.names = {0: "cat", 1: "dog"}
     trainer = train(model=student, teacher=model, cwd="balanced")
-    assert trainer.criterion.meter.names == ["P3", "P4", "P5"]
+    assert trainer.distillation.criterion.meter.names == ["P3", "P4", "P5"]
 
 
 def test_classes_are_numbered_as_in_the_data_whatever_their_order_there(
@@ -320,7 +306,7 @@ def test_classes_are_numbered_as_in_the_data_whatever_their_order_there(
     described["names"] = {i: str(i) for i in range(9, -1, -1)}
     (tmp_path / "reversed.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
     trainer = train(model=student, teacher=teacher, cwd="balanced", data=str(tmp_path / "reversed.yaml"))
-    assert trainer.classes == [0, 1, 3, 7, 9]
+    assert trainer.distillation.classes == [0, 1, 3, 7, 9]
 
 
 def test_the_preparation_takes_fewer_images_if_memory_runs_out(
@@ -345,3 +331,48 @@ def test_the_preparation_takes_fewer_images_if_memory_runs_out(
 def test_end_to_end_students_have_class_maps_too(train: Train, teacher: DetectionModel, model: str) -> None:
     row = table(train(model=model, teacher=teacher, cwd="balanced", epochs=2))[-1]
     assert row["train/classmap_share"] > 0.05
+
+
+class BoxTerm(Term):
+    """The distributions of the box sides, as a term of another kind might compare them."""
+
+    def of_student(self, maps: StudentMaps) -> torch.Tensor:
+        """Return the logits of the sides' bins [N, 4 x bins, positions]."""
+        boxes: torch.Tensor = maps.preds["boxes"]
+        return boxes
+
+    def of_teacher(self, maps: TeacherMaps) -> list[torch.Tensor]:
+        """Return the same of each level, [N, 4 x bins, H, W]."""
+        return maps.branches["boxes"]
+
+    def forward(self, student: torch.Tensor, teacher: list[torch.Tensor]) -> torch.Tensor:
+        """Return the divergence over the bins of a side, averaged."""
+        sides = student, torch.cat([m.flatten(2) for m in teacher], -1)
+        log_q, log_p = (m.unflatten(1, (4, -1)).log_softmax(2) for m in sides)
+        return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(2).mean()
+
+
+def test_a_term_of_another_kind_is_one_class_and_two_lines(
+    train: Train, tmp_path: Path, student: str, teacher: DetectionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its columns, its share and its place in a resumed run, and changes what the student learns."""
+
+    def with_boxes(*args: Any) -> torch.nn.ModuleList:
+        terms, frozen = build_terms(*args), args[4]
+        frozen.tap("boxes", frozen.head.cv2)
+        return terms.append(BoxTerm("boxes", 0.5))
+
+    options = {"cwd": "balanced", "epochs": 3, "model": student, "teacher": teacher, "schedule": "constant"}
+    without = train(**options, name="without")
+    monkeypatch.setattr("yolo_cwd.method.distillation.build_terms", with_boxes)
+    last = interrupted(train, tmp_path, 1, **options)
+    assert list(load_state(last).epochs[0]["measured"]) == ["P3", "P4", "P5", "classmap", "boxes"]
+    model = YOLO(STUDENT)
+    model.model = teacher
+    model.save(tmp_path / "teacher.pt")
+    trainer = resume(last, teacher=str(tmp_path / "teacher.pt"))
+    rows = table(trainer)
+    assert all(row["train/boxes_nats"] > 0 for row in rows)
+    assert all(0.01 < row["train/boxes_share"] < 2 for row in rows)
+    ours, theirs = trainer.model.state_dict(), without.model.state_dict()
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import SHORT, STUDENT, TAUGHT, bare, narrow, settled, short_trainings
 from processes import Started
-from test_loss import reference
+from test_divergence import reference
 from test_state import StopError, interrupted, resume
 from torch import nn
 from ultralytics import YOLO
@@ -81,7 +81,9 @@ def taught(sets: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Ca
         saved, restored = load_state(last), RunState({})
 
         def look(trainer: CWDTrainer) -> None:
-            restored.remember(trainer.start_epoch - 1, trainer.adapters, trainer.optimizer, trainer.measured())
+            restored.remember(
+                trainer.start_epoch - 1, trainer.distillation.terms, trainer.optimizer, trainer.distillation.measured()
+            )
 
         return Taught(half, saved.epochs, restored.epochs, resume(last, {"on_train_start": look}))
 
@@ -129,7 +131,7 @@ def test_class_maps_are_compared_where_both_know_a_class(
     head = settled(teacher.model, sets[task]).model[-1]
     teacher.model.names = {i: names.get(i, f"other {i}") for i in range(head.nc)}
     trainer = train(model=students[task], teacher=teacher, data=sets[task], cwd="balanced", epochs=2)
-    assert len(trainer.classes) == len(names)
+    assert len(trainer.distillation.classes) == len(names)
     assert rows(trainer)[-1]["train/classmap_loss"] > 0
 
 
@@ -160,17 +162,19 @@ def test_the_loss_is_the_tasks_own_and_the_divergences(
     seen: list[tuple[float, float]] = []
 
     def look(trainer: CWDTrainer) -> None:
-        criterion, student = trainer.criterion, trainer.model.train()
+        criterion, student = trainer.distillation.criterion, trainer.model.train()
         batch = trainer.preprocess_batch(next(iter(trainer.train_loader)))
         received: list[torch.Tensor] = []
         hook = student.model[-1].register_forward_pre_hook(lambda _, inputs: received.extend(inputs[0]))
         with torch.no_grad():
             own, _ = student.init_criterion()(student(batch["img"]), batch)
             hook.remove()
-            maps = zip(trainer.adapters, received, trainer.teacher(batch["img"]), strict=False)
-            divergences = sum(reference(adapter(ours), theirs, 1.0) for adapter, ours, theirs in maps)
+            maps = zip(trainer.distillation.terms, received, trainer.distillation.teacher(batch["img"]), strict=False)
+            divergences = sum(reference(term.adapter(ours), theirs, 1.0) for term, ours, theirs in maps)
             criterion.weight = 100.0
-            whole, _ = criterion(student(batch["img"]), {**batch, "lesson": trainer.teacher.lesson(batch["img"])})
+            whole, _ = criterion(
+                student(batch["img"]), {**batch, "teacher": trainer.distillation.teacher.maps(batch["img"])}
+            )
         seen.append((float(whole.sum()), float(own.sum()) + 100 * divergences * len(batch["img"])))
         raise StopError
 
@@ -186,7 +190,7 @@ def test_a_teacher_of_another_task_teaches(
 ) -> None:
     trainer = train(model=students[task], data=sets[task], teacher=str(checkpoints / "segment.pt"))
     assert all(rows(trainer)[0][f"train/{level}_loss"] > 0 for level in ("P3", "P4"))
-    assert not trainer.classes
+    assert not trainer.distillation.classes
 
 
 def test_a_tap_is_pickled_as_a_hook_that_does_nothing() -> None:
@@ -205,11 +209,11 @@ def test_maps_of_a_step_that_failed_are_forgotten(train: Train, students: dict[s
     left: list[Any] = []
 
     def fail(trainer: CWDTrainer) -> None:
-        trainer.criterion.features.__self__._maps = ["a graph"]
+        trainer.distillation.criterion.features.__self__._maps = ["a graph"]
 
     callbacks = {
         "on_train_epoch_start": fail,
-        "on_train_batch_start": lambda trainer: left.append(trainer.criterion.features.__self__._maps),
+        "on_train_batch_start": lambda trainer: left.append(trainer.distillation.criterion.features.__self__._maps),
     }
     train(model=students["semantic"], data=sets["semantic"], teacher=students["semantic"], callbacks=callbacks)
     assert left[0] is None
@@ -272,7 +276,7 @@ def test_what_a_checkpoint_holds_counts_more_than_its_name(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        ("yolov8n-cls.yaml", "task=classify: has no pyramid to distil; give a model for detect, segment, pose"),
+        ("yolov8n-cls.yaml", "task=classify: has no pyramid to distill; give a model for detect, segment, pose"),
         (
             "yolov8s-worldv2.yaml",
             "student=yolov8s-worldv2.yaml: YOLO-World has a trainer of its own; give it as teacher=",

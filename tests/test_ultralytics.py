@@ -100,7 +100,7 @@ def test_the_ema_is_built_before_the_criterion_is_wrapped(train: Callable[..., C
 
     def look(trainer: CWDTrainer) -> None:
         seen.append(getattr(trainer.ema.ema, "criterion", None))
-        assert trainer.model.criterion is trainer.criterion
+        assert trainer.model.criterion is trainer.distillation.criterion
         assert all(group["initial_lr"] for group in trainer.optimizer.param_groups)  # the scheduler came after us
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in trainer.model.modules())
 
@@ -109,7 +109,7 @@ def test_the_ema_is_built_before_the_criterion_is_wrapped(train: Callable[..., C
 
 
 def test_end_to_end_criteria_are_updated_once_an_epoch(train: Callable[..., CWDTrainer]) -> None:
-    assert train(model="yolo26n.yaml", epochs=2).criterion.updates == 2
+    assert train(model="yolo26n.yaml", epochs=2).distillation.criterion.updates == 2
 
 
 def test_its_own_search_takes_no_trainer() -> None:

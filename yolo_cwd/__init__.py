@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from yolo_cwd.config import ConfigError
-    from yolo_cwd.method.loss import ChannelWiseDivergence, CWDLoss, channel_wise_divergence
+    from yolo_cwd.method.divergence import ChannelWiseDivergence, channel_wise_divergence
+    from yolo_cwd.method.loss import CWDLoss
     from yolo_cwd.trainer import CWDTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["CWDLoss", "CWDTrainer", "ChannelWiseDivergence", "ConfigError", "__version__", "channel_wise_divergence"]
 
 _HOMES = {
     "CWDLoss": "yolo_cwd.method.loss",
     "CWDTrainer": "yolo_cwd.trainer",
-    "ChannelWiseDivergence": "yolo_cwd.method.loss",
+    "ChannelWiseDivergence": "yolo_cwd.method.divergence",
     "ConfigError": "yolo_cwd.config",
-    "channel_wise_divergence": "yolo_cwd.method.loss",
+    "channel_wise_divergence": "yolo_cwd.method.divergence",
 }
 
 

@@ -19,7 +19,8 @@ HELP = """\
 yolo_cwd: a small YOLO learns from a larger one while it trains (channel-wise distillation)
 
   yolo_cwd train teacher=yolov8l student=yolov8n data=coco8.yaml epochs=100 imgsz=640
-                       train the student; every argument of 'yolo train' works here too
+                       train the student, and its teacher first if it does not know the classes of the data; every
+                       argument of 'yolo train' works here too
   yolo_cwd train resume model=runs/detect/train/weights/last.pt
                        resume after an interruption
   yolo_cwd check teacher=best.pt student=yolov8n.pt data=my.yaml imgsz=640
@@ -46,9 +47,12 @@ yolo_cwd train teacher=MODEL student=MODEL data=DATA [option=value ...] [argumen
 
 Examples:
   yolo_cwd train teacher=yolov8l student=yolov8n data=coco8.yaml epochs=100 imgsz=640
-  yolo_cwd train teacher=runs/detect/train/weights/best.pt student=yolo11n.yaml data=my.yaml cwd=5 levels=P4,P5
+  yolo_cwd train teacher=runs/detect/train/weights/best.pt student=yolo11n.yaml data=my.yaml levels=P4,P5
 
-Results go to runs/detect/train*: weights/best.pt is the student, results.csv has a column for each distilled level."""
+A teacher that lacks a class of the data is trained on them first, in the same run (teacher_epochs=0 takes it as it is).
+
+Results go to runs/detect/train*: weights/best.pt is the student, results.csv has a column for each distilled level;
+teacher/weights/best.pt is the teacher, if it was trained."""
 
 
 HELP_CHECK = """\
@@ -58,9 +62,10 @@ yolo_cwd check teacher=MODEL student=MODEL [data=DATA] [format=FORMAT] [option=v
             as in 'yolo_cwd train'; without data, the steps run on the embedded digits
   format    table (default), or json: the findings alone on stdout, for machines
 
-The check sets up the training and runs a few steps. It prints what is distilled, the time and memory of a step beside
-those of a plain one, the scores of teacher and student if they know the classes of the data, and a verdict. It leaves
-nothing behind but the label cache that Ultralytics keeps beside the labels.
+The check sets up the training and runs a few steps. It prints whether the teacher will be trained first, what is
+distilled, the time and memory of a step beside those of a plain one, the scores of teacher and student if they know the
+classes of the data, and a verdict. It leaves nothing behind but the label cache that Ultralytics keeps beside the
+labels.
 
 Examples:
   yolo_cwd check teacher=best.pt student=yolov8n.pt data=my.yaml imgsz=640 batch=16
@@ -78,6 +83,7 @@ yolo_cwd compare teacher=MODEL student=MODEL data=DATA [arms=ARMS] [seeds=SEEDS]
   split     the images to score the finished models on: val (default), test or train
   folder    where everything goes (default runs/detect/compare)
 
+A teacher that lacks a class of the data is trained on them first, once for all arms.
 Repeat the command to resume an interrupted comparison, or with other arms or seeds to add them.
 
 Examples:
@@ -237,7 +243,7 @@ def train(words: list[str]) -> None:
             ours = f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
             reason = "another one has ended or is silent; 'resume' continues from the last epoch"
             raise ChildProcessError(f"{ours} ends, since {reason}") from error
-        begun = trainer is not None and trainer.criterion is not None
+        begun = trainer is not None and trainer.has_begun
         if begun and not disk_is_full(error):  # a fault, not bad input
             raise
         raise refusal(error, overrides) from error
@@ -247,8 +253,11 @@ def _resume(trainer: Any) -> str:
     """Return how to resume a training, or nothing if it has no complete epoch."""
     from yolo_cwd.run.state import FILE
 
-    resumable = trainer is not None and trainer.last.exists() and (trainer.wdir / FILE).exists()
-    return f"'yolo_cwd train resume model={trainer.last}' continues it" if resumable else ""
+    if trainer is None:
+        return ""
+    last = trainer.last if trainer.last.exists() and (trainer.wdir / FILE).exists() else None
+    last = last or (trainer.stage and trainer.stage.can_go_on())
+    return f"'yolo_cwd train resume model={last}' continues it" if last else ""
 
 
 def _with_remedy(interrupt: KeyboardInterrupt, remedy: str) -> KeyboardInterrupt:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,14 +19,14 @@ from typing import Any, NamedTuple
 import yaml
 
 SCHEDULES = ("constant", "linear", "cosine")
-ADAPTERS = ("fitted", "conv", "identity")
+ADAPTERS = ("fitted", "conv")
+UNKNOWING_SHARE = 0.03  # of a teacher that does not know the data: more has cost points
 BALANCED, AUTO = "balanced", "auto"  # what cwd, class_share and teacher_epochs may be instead of a number
 WEIGHT_COLUMN = "train/cwd_weight"  # of results.csv: the overall weight
 LONGEST, REMEDY = 299, 190  # the most characters of a message, and how many of its end are always kept
 SYNONYMS = {"student", "model"}
 POOL_CLASSES = ("all", "known")
 TEACHER_DTYPES = ("auto", "fp32", "bf16", "fp16")
-TEACHER_FORWARDS = ("eager", "stream", "compile")
 
 
 class ConfigError(ValueError):
@@ -41,6 +42,21 @@ class ConfigError(ValueError):
         if len(line) > LONGEST:
             line = f"{line[: LONGEST - REMEDY - 5].rstrip()} ... {line[-REMEDY:].lstrip()}"
         super().__init__(line)
+
+
+@contextmanager
+def refused_as(refusal: Callable[[Exception], ConfigError]) -> Iterator[None]:
+    """Turn an error of another library into the line that a user reads; our own lines pass.
+
+    Args:
+        refusal: Makes the line.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise refusal(error) from error
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
@@ -80,7 +96,7 @@ def _is_missing(error: BaseException) -> bool:
 
 
 def _plain_lines(error: BaseException) -> list[str]:
-    """Return the lines of a message without colours, emoji, links and a leading name of a split."""
+    """Return the lines of a message without colors, emoji, links and a leading name of a split."""
     cause: BaseException | None = error
     while cause is not None:
         if mark := getattr(cause, "problem_mark", None):
@@ -102,7 +118,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 
@@ -176,16 +192,12 @@ class Settings:
         share: Gradient of a level's divergence relative to the task's own under the balanced rule, at least 0.
         class_share: The same for the class maps of the head, under any rule.
         tau: Temperature of the softmax, above 0.
-        levels: Strides to distil, in ascending order, or None for every level that teacher and student share.
+        levels: Strides to distill, in ascending order, or None for every level that teacher and student share.
         level_weights: One weight for all levels, or one for each of them, finest first; each at least 0.
         schedule: One of `SCHEDULES`.
         cwd_final: Fraction of `cwd` left in the last epoch of a falling schedule, 0 to 1.
-        cwd_warmup: Epochs over which the weight rises linearly, at least 0.
-        normalize: Whether both sides are standardized per channel before the softmax.
         adapter: One of `ADAPTERS`.
         teacher_dtype: One of `TEACHER_DTYPES`.
-        teacher_forward: One of `TEACHER_FORWARDS`.
-        cwd_every: Distil only every n-th batch, at least 1.
         trust_teacher: Whether the teacher's checkpoint may run its author's code while it is loaded.
         unlabeled: Absolute paths of images for the teacher to label: folders, globs, lists or images.
         pool_conf: Lowest confidence of an object that becomes a label.
@@ -204,12 +216,8 @@ class Settings:
     level_weights: tuple[float, ...]
     schedule: str
     cwd_final: float
-    cwd_warmup: float
-    normalize: bool
     adapter: str
     teacher_dtype: str
-    teacher_forward: str
-    cwd_every: int
     trust_teacher: bool
     unlabeled: tuple[str, ...]
     pool_conf: float
@@ -228,25 +236,23 @@ class Settings:
             ConfigError: If a value is missing, of the wrong type or out of range.
         """
         value = {name: given.get(name, option.default) for name, option in OPTIONS.items()}
+        if value["share"] == AUTO:
+            value["share"] = 1.0
         if value["class_share"] == AUTO:
             value["class_share"] = value["share"] if value["cwd"] == BALANCED else 0.0
         return cls(
             teacher=_teacher(value["teacher"]),
             teacher_epochs=_epochs("teacher_epochs", value["teacher_epochs"]),
             cwd=BALANCED if value["cwd"] == BALANCED else _number("cwd", value["cwd"], or_else=f"{BALANCED} or "),
-            share=_number("share", value["share"]),
+            share=_number("share", value["share"], or_else=f"{AUTO} or "),
             class_share=_number("class_share", value["class_share"], or_else=f"{AUTO} or "),
             tau=_number("tau", value["tau"], zero=False),
             levels=_levels(value["levels"]),
             level_weights=_level_weights(value["level_weights"]),
             schedule=_choice("schedule", value["schedule"], SCHEDULES),
             cwd_final=_number("cwd_final", value["cwd_final"], most=1),
-            cwd_warmup=_number("cwd_warmup", value["cwd_warmup"]),
-            normalize=_choice("normalize", value["normalize"], (True, False)),
             adapter=_choice("adapter", value["adapter"], ADAPTERS),
             teacher_dtype=_choice("teacher_dtype", value["teacher_dtype"], TEACHER_DTYPES),
-            teacher_forward=_choice("teacher_forward", value["teacher_forward"], TEACHER_FORWARDS),
-            cwd_every=_count("cwd_every", value["cwd_every"]),
             trust_teacher=_choice("trust_teacher", value["trust_teacher"], (True, False)),
             unlabeled=_paths("unlabeled", value["unlabeled"]),
             pool_conf=_number("pool_conf", value["pool_conf"], most=1),
@@ -255,12 +261,21 @@ class Settings:
             complete_labels=_choice("complete_labels", value["complete_labels"], (True, False)),
         )
 
+    def for_unknowing_teacher(self, given: Mapping[str, Any]) -> Settings:
+        """Return the options for a teacher that teaches although it does not know the data: shares not given are small.
+
+        Args:
+            given: The options as they were given.
+        """
+        share = UNKNOWING_SHARE if given.get("share", AUTO) == AUTO and self.balanced else self.share
+        follows = given.get("class_share", AUTO) == AUTO and self.balanced
+        return replace(self, share=share, class_share=share if follows else self.class_share)
+
     def weight(self, epoch: int, epochs: int) -> float:
         """Return the overall weight in an epoch (counted from 0) of a training of `epochs` epochs."""
         progress = min(epoch / max(epochs - 1, 1), 1.0)
         fallen = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[self.schedule]
-        risen = min((epoch + 1) / (self.cwd_warmup + 1), 1.0)
-        return self.strength * risen * (1 - fallen * (1 - self.cwd_final))
+        return self.strength * (1 - fallen * (1 - self.cwd_final))
 
     @property
     def strength(self) -> float:
@@ -278,13 +293,12 @@ class Settings:
         asked = {"unlabeled": self.unlabeled, "complete_labels": self.complete_labels}
         return [name for name, value in asked.items() if value]
 
-    def course(self) -> str:
+    def describe_schedule(self) -> str:
         """Return the overall weight and its schedule in words."""
-        rise = f" after {self.cwd_warmup:g} epochs of rise" if self.cwd_warmup else ""
         full = self.share if self.balanced else float(self.cwd)
         fall = "" if self.schedule == "constant" else f" falling to {full * self.cwd_final:g} ({self.schedule})"
         kind = "gradient share" if self.balanced else "weight"
-        return f"{kind} {full:g}{rise}{fall}"
+        return f"{kind} {full:g}{fall}"
 
     def weights_of(self, names: list[str]) -> list[float]:
         """Return one weight for each of the named levels.

@@ -184,7 +184,7 @@ def compose(scans: list[tuple[int, Array]], rng: np.random.Generator) -> tuple[A
         (y, x), (h, w) = place, ink.shape
         alpha = (ink * rng.uniform(0.6, 1.0))[..., None]
         window = image[y : y + h, x : x + w]
-        window += alpha * (_ink_colour(window, rng) - window)
+        window += alpha * (_ink_color(window, rng) - window)
         covered[y : y + h, x : x + w] = True
         digits.append(Digit(number, x, y, ink > INK, tilt))
     image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.9)) + rng.normal(0, rng.uniform(2, 14), image.shape)
@@ -197,7 +197,7 @@ def _heights(rng: np.random.Generator) -> Array:
 
 
 def _background(rng: np.random.Generator) -> Array:
-    """Return a texture [SIZE, SIZE, 3] in 0 to 255: noise at several scales around a random colour."""
+    """Return a texture [SIZE, SIZE, 3] in 0 to 255: noise at several scales around a random color."""
     image: Array = np.full((SIZE, SIZE, 3), rng.uniform(40, 215, size=3))
     for cells in (2, 5, 16, 43):
         noise = rng.normal(0, rng.uniform(4, 22), size=(cells, cells, 3))
@@ -231,13 +231,13 @@ def _place(shape: tuple[int, ...], covered: Array, rng: np.random.Generator) -> 
     return None
 
 
-def _ink_colour(window: Array, rng: np.random.Generator) -> Array:
-    """Return a colour that stands out from the window's mean brightness by at least 50 of 255."""
+def _ink_color(window: Array, rng: np.random.Generator) -> Array:
+    """Return a color that stands out from the window's mean brightness by at least 50 of 255."""
     mean = window.mean()
     room = [(0.0, mean - 50), (mean + 50, 255.0)]
     low, high = room[int(rng.random() < 0.5)] if min(mean - 50, 205 - mean) > 10 else room[int(mean < 128)]
-    colour: Array = np.clip(rng.uniform(low, high) + rng.normal(0, 20, size=3), 0, 255)
-    return colour
+    color: Array = np.clip(rng.uniform(low, high) + rng.normal(0, 20, size=3), 0, 255)
+    return color
 
 
 def box(digit: Digit) -> Array:

@@ -106,7 +106,7 @@ def task_of_student(student: Any, asked: str | None = None) -> Task:
         )
     name = name or asked or ALL[0].name
     if name not in TASKS:
-        raise ConfigError(f"task={name}: has no pyramid to distil; give a model for {', '.join(TASKS)}")
+        raise ConfigError(f"task={name}: has no pyramid to distill; give a model for {', '.join(TASKS)}")
     if asked and asked != name:
         LOGGER.warning(f"{colorstr('CWD:')} task={asked}: {student} is a model for task={name}, and is trained for it")
     return TASKS[name]

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
 from ultralytics.utils import LOGGER
 
-from yolo_cwd.method.prepare import random_numbers_untouched
+from yolo_cwd.method.distillation import Distillation
 from yolo_cwd.method.teacher import load_teacher
+from yolo_cwd.run.random_state import random_numbers_untouched
 from yolo_cwd.run.teacher_stage import TeacherStage, time_left
 
 
@@ -31,15 +31,15 @@ def train_teacher(trainer: Any, stage: TeacherStage) -> None:
     with _kept_if_resumable(trainer, stage):
         _rehearse(trainer)
         stage.announce(trainer.save_dir, trainer.epochs)
-        trainer.teacher = None  # its memory is for the one in training
-        weights = str(stage.run(trainer.args, trainer._given_options, trainer.save_dir))
+        trainer.distillation = None  # its memory is for the one in training
+        weights = str(stage.run(trainer.args, trainer.given_options, trainer.save_dir))
     trainer.folder.made.clear()  # a trained teacher is worth keeping, whatever becomes of its student
     if trainer.args.time:
         trainer.args.time = time_left(trainer.args, begin)
-    trainer.cwd = replace(trainer.cwd, teacher=weights)
-    trainer.teacher = load_teacher(weights, trainer.cwd.trust_teacher)
-    options = {name: value for name, value in trainer._given_options.items() if name != "teacher_epochs"}
-    trainer._given_options = {**options, "teacher": weights}
+    trainer.settings = replace(trainer.settings, teacher=weights)
+    trainer.distillation = Distillation(trainer.settings, load_teacher(weights, trainer.settings.trust_teacher))
+    options = {name: value for name, value in trainer.given_options.items() if name != "teacher_epochs"}
+    trainer.given_options = {**options, "teacher": weights}
     trainer.resume = trainer.resume or trainer.ddp  # a launch would first remove the folder, with the teacher in it
     stage.hand_over(trainer)
 
@@ -53,8 +53,7 @@ def _rehearse(trainer: Any) -> None:
             trainer.setup_model()
     finally:
         LOGGER.disabled = disabled
-    trainer.model, trainer.adapters = student, nn.ModuleList()
-    trainer.levels, trainer.level_weights, trainer.classes = [], [], []
+    trainer.model = student
 
 
 @contextmanager

@@ -6,13 +6,12 @@ sees the alias, the rest of the network sees the map itself. Both norms are know
 beyond computing them. Under the balanced rule their ratio sets the weight of the next step. So the divergence has a
 given share of the gradient, whatever the loss, the temperature, the image size and the loss scale.
 
-Where the labels of some images count less, or not at all (pool/weight.py), the task's gradient is that of the whole
-batch all the same, and so is ours. A step without any gradient of the task leaves the means as they are.
+A step without any gradient of the task leaves the means as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ class GradientMeter:
     """The norms of the gradients at the compared maps.
 
     Attributes:
-        names: What is measured: the levels, and the class maps.
+        names: The terms, in the order of the rows of all tensors here.
         means: Running means over the steps of two squared norms [K, 2]: of the task's gradient, and of the gradient of
             a divergence with weight 1. 0 until known.
     """
@@ -77,7 +76,7 @@ class GradientMeter:
             weights: The weights [K] that the divergences had in that time.
             scale: The loss scale that the gradients carry.
         """
-        squares = distributed.summed(self._step) / scale**2
+        squares = distributed.all_reduce_sum(self._step) / scale**2
         self._step.zero_()
         self._epoch += torch.where(_usable(squares), squares, 0)
         self._move(torch.stack([squares[:, 0], squares[:, 1] / weights.square()], 1))
@@ -89,7 +88,7 @@ class GradientMeter:
             squares: Their squared norms [K, 2]: the task's, and those of divergences with weight 1.
             weights: Returns the weights [K] that result.
         """
-        squares = distributed.summed(squares)
+        squares = distributed.all_reduce_sum(squares)
         self._move(squares)
         weighted = torch.stack([squares[:, 0], squares[:, 1] * weights().square()], 1)
         self._epoch += torch.where(_usable(squares), weighted, 0)
@@ -98,10 +97,15 @@ class GradientMeter:
         before = torch.where(self.means > 0, self.means, squares)
         self.means = torch.where(_usable(squares), MOMENTUM * before + (1 - MOMENTUM) * squares, self.means)
 
-    def restore(self, means: Sequence[Sequence[float]]) -> None:
-        """Continue from the means of an interrupted run, if there are any; class maps, which come last, may be new."""
-        for row, kept in zip(self.means, means, strict=False):
-            row.copy_(torch.tensor(kept))
+    def state(self) -> dict[str, list[float]]:
+        """Return the means by the terms' names, as plain numbers."""
+        return dict(zip(self.names, self.means.tolist(), strict=True))
+
+    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Continue from the means of an interrupted run; a term that it did not have begins with nothing known."""
+        for row, name in zip(self.means, self.names, strict=True):
+            if name in state:
+                row.copy_(torch.tensor(state[name]))
 
     def begin_epoch(self) -> None:
         """Forget the shares of the last epoch."""

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Models read from files: only classes of Ultralytics and torch are admitted, and a refusal gives the true reason."""
+"""Models read from files: only classes of Ultralytics and torch are admitted."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,10 @@ from ultralytics import RTDETR, YOLO
 from ultralytics.nn.tasks import load_checkpoint, torch_safe_load, yaml_model_load
 from ultralytics.utils.checks import check_model_file_from_stem
 
-from yolo_cwd.config import ConfigError, unusable_model
+from yolo_cwd.config import ConfigError, first_line, refused_as, unusable_model
 
 ANOTHER = "give an existing .pt checkpoint of a YOLO model"
 TRUST = "or if you trust the origin of this one, trust_teacher=True"
-BEGINNINGS = {  # of files that are named .pt but are not checkpoints
-    b"<": ("is a web page, no checkpoint", "download the file itself"),
-    b"version https://git-lfs": ("is a pointer of Git LFS, no checkpoint", "fetch the file with 'git lfs pull'"),
-}
 
 
 def load_model(path: str, argument: str, trust: bool) -> nn.Module:
@@ -38,15 +33,8 @@ def load_model(path: str, argument: str, trust: bool) -> nn.Module:
     suffix = Path(path).suffix.lower()
     if suffix not in {".pt", ".yaml", ".yml"}:
         raise ConfigError(f"{argument}: the suffix {suffix} is none of .pt, .yaml; give a checkpoint or a model file")
-    try:
+    with refused_as(lambda error: _refusal(argument, error, trust)):
         return _checkpoint(path, argument, trust) if suffix == ".pt" else _untrained(path)
-    except ConfigError:
-        raise
-    except Exception as error:
-        reason, remedy = _fault(Path(path), error, trust)
-        if reason:
-            raise ConfigError(f"{argument}: {reason}; {remedy}") from error
-        raise unusable_model(argument, error, remedy) from error
 
 
 def _checkpoint(path: str, argument: str, trust: bool) -> nn.Module:
@@ -73,36 +61,13 @@ def _untrained(path: str) -> nn.Module:
     return model
 
 
-def _fault(file: Path, error: BaseException, trust: bool) -> tuple[str, str]:
-    """Return what is wrong with a file (empty if the error says it best) and what to do."""
-    if not file.is_file() or file.suffix != ".pt":
-        return "", ANOTHER
-    start = file.read_bytes()[:64].lstrip()
-    for beginning, fault in BEGINNINGS.items():
-        if start.startswith(beginning):
-            return fault
-    texts = " ".join(str(cause) for cause in _causes(error))
-    if "TorchScript" in texts:
-        return "is a TorchScript archive", "give the .pt checkpoint that it was exported from"
+def _refusal(argument: str, error: BaseException, trust: bool) -> ConfigError:
+    """Return the line for a file that cannot be loaded; the restricted loader is ours, so what it refuses is named."""
+    texts = " ".join(map(str, (error, error.__cause__, error.__context__)))
     if not trust and (unknown := re.search(r"GLOBAL (\S+) was not an allowed", texts)):
-        return f"holds {unknown[1]}, which the restricted loader does not admit", f"{ANOTHER}, {TRUST}"
-    if plain := _plain_content(file):
-        return plain, "load the weights into the model they belong to, and give what its save() writes"
-    if isinstance(error, TypeError):
-        return "is no checkpoint: empty, truncated or of another format", ANOTHER
-    return "", ANOTHER
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _plain_content(file: Path) -> str:
-    """Say that a file holds only weights if torch's restricted loader, which admits no model, can read it."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:
-        return ""
-    return "" if isinstance(content, nn.Module) else "holds weights only, no model"
+        reason = f"holds {unknown[1]}, which the restricted loader does not admit"
+        return ConfigError(f"{argument}: {reason}; {ANOTHER}, {TRUST}")
+    if isinstance(error, TypeError):  # Ultralytics': the reason, and its own advice behind it
+        reason = first_line(error).partition(". ")[0].removeprefix("ERROR ").partition(" ")[2]
+        return ConfigError(f"{argument}: {reason}; {ANOTHER}")
+    return unusable_model(argument, error, ANOTHER)

@@ -18,7 +18,7 @@ def names(criterion: CWDLoss | None) -> set[str]:
     return {f"train/{TOTAL}", WEIGHT_COLUMN, *chain.from_iterable(kinds)}
 
 
-def label(labels: Any, prefix: str, criterion: CWDLoss | None, weight: float) -> Any:
+def label(labels: Any, prefix: str, criterion: CWDLoss | None) -> Any:
     """Return the loss items of Ultralytics with ours, in training the term of every level before their sum.
 
     The progress bar shows the sum alone. The divergences exist in training only, so validation gets no column of
@@ -28,7 +28,6 @@ def label(labels: Any, prefix: str, criterion: CWDLoss | None, weight: float) ->
         labels: What Ultralytics makes of the items: values by name, or the names alone.
         prefix: `train` or `val`.
         criterion: The student's criterion; None before the training has begun.
-        weight: The overall weight of this epoch.
     """
     total = f"{prefix}/{TOTAL}"
     if not isinstance(labels, dict):
@@ -37,7 +36,7 @@ def label(labels: Any, prefix: str, criterion: CWDLoss | None, weight: float) ->
     if prefix == "val" or criterion is None:
         return labels
     kinds = _by_kind(criterion, prefix)
-    return {**labels, **kinds["loss"], **ours, WEIGHT_COLUMN: weight, **kinds["share"], **kinds["nats"]}
+    return {**labels, **kinds["loss"], **ours, WEIGHT_COLUMN: criterion.weight, **kinds["share"], **kinds["nats"]}
 
 
 def _by_kind(criterion: CWDLoss, prefix: str) -> dict[str, dict[str, float]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Where features are taken: the pyramid that a head receives, its class maps, and the adapters to the teacher.
+"""Where features are taken: the pyramid that a head receives, and its class maps.
 
 Whatever the task, a YOLO head receives the outputs of the neck: the feature pyramid (FPN), one map for each stride. A
 dry pass with a hook on the head finds them. This works for every network of Ultralytics that ends in a head.
@@ -124,12 +124,12 @@ def modes_untouched(model: nn.Module) -> Iterator[None]:
 
 
 def match_levels(student: dict[int, Tap], teacher: dict[int, Tap], wanted: tuple[int, ...] | None) -> list[Level]:
-    """Return the levels to distil, finest first.
+    """Return the levels to distill, finest first.
 
     Args:
         student: The student's taps by stride.
         teacher: The teacher's taps by stride.
-        wanted: Strides to distil, or None for all that both have.
+        wanted: Strides to distill, or None for all that both have.
 
     Raises:
         ConfigError: If they share no stride, or if one of them lacks a wanted stride.
@@ -231,27 +231,3 @@ def student_scores(preds: Any) -> Tensor:
         return scores
     logits: Tensor = preds[0] if isinstance(preds, tuple) else preds
     return logits
-
-
-def build_adapters(levels: list[Level], kind: str) -> nn.ModuleList:
-    """Return one adapter per level, from student to teacher channels.
-
-    A 1x1 convolution needs no bias: a softmax over positions ignores a constant per channel.
-
-    Args:
-        levels: The distilled levels.
-        kind: `conv`, `fitted` (which is fitted later) or `identity`.
-
-    Raises:
-        ConfigError: If `kind` is `identity` and the channels differ.
-    """
-    if kind != "identity":
-        with torch.random.fork_rng(devices=[]):  # so the student draws the same random numbers as without us
-            return nn.ModuleList(nn.Conv2d(x.student_channels, x.teacher_channels, 1, bias=False) for x in levels)
-    for x in levels:
-        if x.student_channels != x.teacher_channels:
-            raise ConfigError(
-                f"adapter=identity: {x.name} has {x.student_channels} channels in the student and "
-                f"{x.teacher_channels} in the teacher; use adapter=conv"
-            )
-    return nn.ModuleList(nn.Identity() for _ in levels)

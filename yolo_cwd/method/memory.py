@@ -22,12 +22,12 @@ from yolo_cwd.method.teacher import Teacher
 class DistilledStep(nn.Module):
     """Maps images to a loss through the teacher, the student, the adapters and the divergences.
 
-    Student and adapters are copies, because profiling leaves gradients and statistics behind. The teacher has neither
+    Student and terms are copies, because profiling leaves gradients and statistics behind. The teacher has neither
     and is used directly. It has not chosen its precision yet, so its maps count in float32, the most they need.
 
     Attributes:
         student: The copy of the student.
-        adapters: The copies of the adapters.
+        terms: The copies of the terms, with their adapters.
         criterion: The criterion of a training, with a stand-in for the task's own loss, which needs labels.
         yaml: The student's description, which Ultralytics reads together with its strides and classes.
     """
@@ -35,7 +35,7 @@ class DistilledStep(nn.Module):
     def __init__(
         self,
         student: Any,
-        adapters: nn.ModuleList,
+        terms: nn.ModuleList,
         teacher: Teacher,
         wrap: Callable[[Any, Any, nn.ModuleList], CWDLoss],
     ) -> None:
@@ -43,20 +43,20 @@ class DistilledStep(nn.Module):
 
         Args:
             student: The student, neither compiled nor parallel.
-            adapters: Its adapters.
+            terms: The terms it is compared in.
             teacher: The teacher, on the same device.
-            wrap: Makes the criterion of a training from a task's criterion, a student and adapters.
+            wrap: Makes the criterion of a training from a task's criterion, a student and terms.
         """
         super().__init__()
-        self.student, self.adapters = deepcopy(student), deepcopy(adapters)
-        self.criterion = wrap(_sum_of_predictions, self.student, self.adapters)
+        self.student, self.terms = deepcopy(student), deepcopy(terms)
+        self.criterion = wrap(_sum_of_predictions, self.student, self.terms)
         self.criterion.weight = 1.0
         self.yaml, self.stride, self.names = student.yaml, student.stride, student.names
-        self._lesson = teacher.lesson  # not the module itself, so that nobody counts, hooks or copies its layers
+        self._teacher_maps = teacher.maps  # not the module itself, so that nobody counts, hooks or copies its layers
 
     def forward(self, images: Tensor) -> Tensor:
         """Return a scalar that depends on everything a step computes from images [N, C, H, W]."""
-        batch: dict[str, Any] = {"img": images, "lesson": self._lesson(images.detach())}
+        batch: dict[str, Any] = {"img": images, "teacher": self._teacher_maps(images.detach())}
         loss, _ = self.criterion(self.student(images), batch)
         return loss.sum()
 

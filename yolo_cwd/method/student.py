@@ -15,7 +15,7 @@ from torch import nn
 from yolo_cwd.config import ConfigError
 
 
-def is_reshaped(weights: nn.Module, rebuilt: nn.Module) -> bool:
+def is_pruned(weights: nn.Module, rebuilt: nn.Module) -> bool:
     """Return whether the tensors of a checkpoint differ in shape from those of the model that its YAML describes.
 
     Args:
@@ -31,7 +31,7 @@ def is_reshaped(weights: nn.Module, rebuilt: nn.Module) -> bool:
     )
 
 
-def as_it_is(weights: nn.Module, rebuilt: nn.Module, student: Any, data: Any) -> nn.Module:
+def keep_pruned_shape(weights: nn.Module, rebuilt: nn.Module, student: Any, data: Any) -> nn.Module:
     """Return the checkpoint's own module, ready to train.
 
     Args:

@@ -8,7 +8,6 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import BaseModel
-from ultralytics.utils.torch_utils import attempt_compile, fuse_conv_and_bn, unwrap_model
+from ultralytics.utils.torch_utils import fuse_conv_and_bn, unwrap_model
 
 from yolo_cwd.config import ConfigError, first_line
 from yolo_cwd.method.checkpoint import load_model
-from yolo_cwd.method.fpn import class_branches, image_channels, pyramid_taps
+from yolo_cwd.method.fpn import image_channels, pyramid_taps
 from yolo_cwd.method.parallel import cores, in_parts
 
 GRID = 32  # image sizes are multiples of this, whichever levels a head receives
@@ -51,28 +50,17 @@ class Precision(NamedTuple):
         return self.name if self.name == "fp32" else f"{self.name}, feature error {100 * self.error:.2g} %"
 
 
-class Lesson(NamedTuple):
-    """What a teacher shows for some images.
+class TeacherMaps(NamedTuple):
+    """What a teacher makes of some images.
 
     Attributes:
         pyramid: Its maps [N, C, H/stride, W/stride], in the order of its taps.
-        classes: The logits of the chosen classes [N, classes, H/stride, W/stride] at the first of these maps; empty if
-            none have been chosen.
-        stream: The CUDA stream in which the maps are made; None if it is the one in which they are used.
+        branches: By name, the maps [N, D, H/stride, W/stride] that the tapped branches of its head make of the first
+            of these maps.
     """
 
     pyramid: list[Tensor]
-    classes: list[Tensor]
-    stream: torch.cuda.Stream | None = None
-
-    def wait(self) -> Lesson:
-        """Return itself, once the current stream is told to wait for the maps; the host does not."""
-        if self.stream is not None:
-            current = torch.cuda.current_stream(self.stream.device)
-            current.wait_stream(self.stream)
-            for maps in (*self.pyramid, *self.classes):
-                maps.record_stream(current)  # or their memory would go back to the teacher while they are still read
-        return self
+    branches: dict[str, list[Tensor]]
 
 
 class Teacher(nn.Module):
@@ -86,7 +74,7 @@ class Teacher(nn.Module):
         image_channels: Channels of the images it takes.
         names: Its classes by index.
         content: A hash of its weights, to tell it from another network.
-        head: The head that was cut off; None if the network is not one of Ultralytics', and after `settle`.
+        head: The head that was cut off; None if the network is not one of Ultralytics', and after `place`.
         parameter_count: Parameters of the whole model, including the head.
         precision: The precision it calculates in.
     """
@@ -113,8 +101,7 @@ class Teacher(nn.Module):
         self.names: dict[int, str] = dict(getattr(body, "names", {}))
         self.precision = Precision("fp32")
         self._head: tuple[nn.Module | None] = (None,)  # in a tuple, so that it is not part of this module
-        self._compiled: tuple[nn.Module, ...] = ()  # nor is this, the same weights once more
-        self._stream: torch.cuda.Stream | None = None
+        self._tapped: dict[str, int] = {}  # how many maps each tapped part of the head makes, in order
         if isinstance(body, BaseModel):
             self._head = (body.model[-1],)
             body.model[-1] = _HeadInputs(body.model[-1])
@@ -152,48 +139,33 @@ class Teacher(nn.Module):
                 "choose a teacher trained on such images"
             )
 
-    def show_classes(self, names: Sequence[str]) -> list[int]:
-        """From now on, also return the class maps of those of the named classes that it knows.
+    def tap(self, name: str, branches: Sequence[nn.Module], channels: Sequence[int] | None = None) -> None:
+        """From now on, also run branches of the head that was cut off.
 
         Args:
-            names: The classes of the data.
-
-        Returns:
-            The positions in `names` of the classes that it knows, in the order of their maps.
+            name: The name of what they make.
+            branches: One for each of the first maps of the pyramid.
+            channels: Which of their channels to return, in this order; all by default.
         """
-        ours = {name: i for i, name in self.names.items()}
-        known = [i for i, name in enumerate(names) if name in ours]
-        branches = class_branches(self.head) if self.head is not None else []
-        if not known or not branches:
-            return []
-        shown = nn.ModuleList(branches).requires_grad_(False)
-        _fuse(shown)
-        self.body.model[-1].show(shown, [ours[names[i]] for i in known])
-        return known
+        tapped = nn.ModuleList(branches).requires_grad_(False)
+        _fuse(tapped)
+        self.body.model[-1].add(name, tapped, channels)
+        self._tapped[name] = len(tapped)
 
-    def settle(self, device: torch.device, beside: bool = False) -> None:
+    def place(self, device: torch.device) -> None:
         """Move to the device of the training, with the weights in the memory order that is fastest there.
 
         Images are channels-last everywhere, but convolutions on a CPU reorder the weights themselves.
-
-        Args:
-            device: The device.
-            beside: Whether lessons have a CUDA stream of their own from now on, beside the student's forward pass.
         """
         self._head = (None,)
-        self._stream = torch.cuda.Stream(device) if beside else None  # type: ignore[no-untyped-call]
         self.to(device)
         if device.type == "cuda":
             self.to(memory_format=torch.channels_last)
 
-    def speed_up(self, device: torch.device) -> None:
-        """Compile, once the precision is chosen, as Ultralytics' `compile=True` does: it warns where that cannot be."""
-        self._compiled = (attempt_compile(self.body, device),)
-
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the maps [N, C, H/stride, W/stride] of images [N, C, H, W], in its precision.
 
-        The maps of the pyramid come first. If classes have been chosen, their logits follow.
+        The maps of the pyramid come first, then those of the tapped branches.
 
         Images whose size is not a multiple of the coarsest stride are padded as Ultralytics pads them, and the maps are
         cropped again: a student without a P6 may train at sizes that a teacher with one does not accept.
@@ -202,35 +174,28 @@ class Teacher(nn.Module):
         padding = (0, -width % self._grid, 0, -height % self._grid)
         if any(padding):
             images = F.pad(images, padding, value=LETTERBOX_GRAY)
-        split = _parts(images)
-        one_by_one = bool(self._compiled)  # not every release of PyTorch compiles while another thread calculates
-        parts = [*map(self._maps, split)] if one_by_one else in_parts(self._maps, split, images.device)
+        parts = in_parts(self._maps, _parts(images), images.device)
         maps = parts[0] if len(parts) == 1 else [torch.cat(level) for level in zip(*parts, strict=True)]
         if any(padding):
-            maps = [m[..., : height // s, : width // s] for m, s in zip(maps, cycle(self.taps))]
+            maps = [m[..., : height // s, : width // s] for m, s in zip(maps, self._strides(), strict=True)]
         return maps
 
-    def lesson(self, images: Tensor) -> Lesson:
-        """Return its pyramid and its class maps, separately, for images [N, C, H, W] in 0 to 1.
+    def _strides(self) -> list[int]:
+        """Return the stride of every map that `forward` returns."""
+        strides = list(self.taps)
+        return strides + [s for count in self._tapped.values() for s in strides[:count]]
 
-        In a stream of its own, if it has one: `wait` for the lesson before its maps are used.
-        """
-        maps = self(images) if self._stream is None else self._beside(self._stream, images)
-        return Lesson(maps[: len(self.taps)], maps[len(self.taps) :], self._stream)
-
-    def _beside(self, stream: torch.cuda.Stream, images: Tensor) -> list[Tensor]:
-        stream.wait_stream(torch.cuda.current_stream(images.device))  # which is still to bring the images
-        images.record_stream(stream)
-        with torch.cuda.stream(stream):
-            maps: list[Tensor] = self(images)
-        return maps
+    def maps(self, images: Tensor) -> TeacherMaps:
+        """Return the maps of images [N, C, H, W] in 0 to 1, by what they are."""
+        maps = iter(self(images))
+        pyramid = [next(maps) for _ in self.taps]
+        return TeacherMaps(pyramid, {name: [next(maps) for _ in range(n)] for name, n in self._tapped.items()})
 
     @torch.no_grad()
     def _maps(self, images: Tensor) -> list[Tensor]:
         images = images.to(DTYPES[self.precision.name], memory_format=torch.channels_last)
         with torch.autocast(images.device.type, enabled=False):  # the student's AMP is not the teacher's
-            (network,) = self._compiled or (self.body,)
-            maps = network(images)
+            maps = self.body(images)
         return list(maps.values()) if isinstance(maps, dict) else list(maps)
 
     def calibrate(self, wanted: str, images: Tensor) -> None:
@@ -324,23 +289,30 @@ def wait_for(device: torch.device) -> None:
 
 
 class _HeadInputs(nn.Module):
-    """Stands in for a head: returns what the head would have received, followed by its class maps."""
+    """Stands in for a head: returns what the head would have received, followed by what tapped branches make of it."""
 
     export = False  # YOLO-World reads this from its head
 
     def __init__(self, head: Any) -> None:
         super().__init__()
         self.__dict__.update(f=head.f, i=head.i, type=head.type)  # how a YOLO model routes its layers
-        self.branches = nn.ModuleList()
-        self.register_buffer("classes", None, persistent=False)  # on the device: a list would wait to be copied there
+        self.taps = nn.ModuleDict()
 
-    def show(self, branches: nn.ModuleList, classes: list[int]) -> None:
-        self.branches, self.classes = branches, torch.tensor(classes)
+    def add(self, name: str, branches: nn.ModuleList, channels: Sequence[int] | None) -> None:
+        # the channels on the device: a list would wait to be copied there
+        index = None if channels is None else torch.tensor(channels)
+        branches.register_buffer("channels", index, persistent=False)
+        self.taps[name] = branches
 
     def forward(self, maps: Iterable[Tensor], *_: Any) -> list[Tensor]:  # RT-DETR's also receives the batch
         maps = list(maps)
-        shown = [branch(m).index_select(1, self.classes) for branch, m in zip(self.branches, maps, strict=False)]
-        return [*maps, *shown]
+        made = [_run(tap, maps) for tap in self.taps.values()]
+        return [*maps, *(m for of_tap in made for m in of_tap)]
+
+
+def _run(branches: Any, maps: Sequence[Tensor]) -> list[Tensor]:
+    made = [branch(m) for branch, m in zip(branches, maps, strict=False)]
+    return made if branches.channels is None else [m.index_select(1, branches.channels) for m in made]
 
 
 def _without_masks(model: nn.Module) -> nn.Module:

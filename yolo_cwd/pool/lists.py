@@ -18,7 +18,7 @@ import yaml
 from yolo_cwd.config import exists, listed
 from yolo_cwd.pool.labels import LabelFormat
 from yolo_cwd.pool.store import Plan
-from yolo_cwd.run.files import write_whole
+from yolo_cwd.run.files import write_atomic
 from yolo_cwd.tasks import TASKS
 
 
@@ -82,7 +82,7 @@ def read_pool(folder: Path, file: Path) -> Pool:
     return Pool(folder, train, data, PoolSummary(**json.loads(file.read_text(encoding="utf-8"))))
 
 
-def is_whole(file: Path, form: LabelFormat) -> bool:
+def is_complete(file: Path, form: LabelFormat) -> bool:
     """Return whether a pool is there with all its lists, images and labels: the user may delete any of them.
 
     Args:
@@ -120,14 +120,14 @@ def write_pool(
     images = write_list(file.with_suffix(".txt"), [plan.folder / record["image"] for record in records])
     train = [*others, images]
     content = {**description, "train": train, "val": description.get("val") or train}
-    write_whole(file.with_suffix(".yaml"), yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    write_whole(file, json.dumps(summary._asdict()))
+    write_atomic(file.with_suffix(".yaml"), yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    write_atomic(file, json.dumps(summary._asdict()))
 
 
 def write_list(file: Path, images: Sequence[Path]) -> str:
     """Write a list of images, and return its path."""
     file.parent.mkdir(exist_ok=True)
-    write_whole(file, "".join(f"{image}\n" for image in images))
+    write_atomic(file, "".join(f"{image}\n" for image in images))
     return str(file)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from ultralytics import YOLO
 from ultralytics.data.utils import img2label_paths
@@ -38,7 +37,7 @@ from yolo_cwd.pool.images import (
 from yolo_cwd.pool.labels import LabelFormat
 from yolo_cwd.pool.lists import (
     Pool,
-    is_whole,
+    is_complete,
     plain_data,
     read_pool,
     share,
@@ -48,7 +47,7 @@ from yolo_cwd.pool.lists import (
 )
 from yolo_cwd.pool.store import Plan, folder_for, label_images, writing_alone
 from yolo_cwd.pool.teacher import mean_confidence, whole_teacher
-from yolo_cwd.run.distributed import first_here_first
+from yolo_cwd.run.distributed import local_zero_first
 from yolo_cwd.run.request import arguments_of_run, data_of
 from yolo_cwd.tasks import TASKS, Task
 
@@ -79,6 +78,7 @@ class Labeler:
         self._teacher: YOLO | None = None
         self._data: dict[str, Any] | None = None
         self._split = Split([], [])
+        self._will_be_trained = False
 
     @property
     def task(self) -> Task:
@@ -97,17 +97,11 @@ class Labeler:
         Raises:
             ConfigError: If the teacher cannot label for the data, or if there is nothing to label.
         """
-        settings = self.settings
-        if np.min(self.args.imgsz) < 1:
-            raise ConfigError(f"imgsz={self.args.imgsz}: a teacher that labels needs some pixels; give imgsz=640")
+        settings, self._will_be_trained = self.settings, will_be_trained
+        _refuse_size(self.args.imgsz)
         if settings.unlabeled:
             list_images(settings.unlabeled, self._argument)
         if settings.complete_labels:
-            if will_be_trained:
-                raise ConfigError(
-                    "complete_labels=True: a teacher that is trained on the data first learns no class that they leave "
-                    "out; give a teacher that knows those, or leave complete_labels out"
-                )
             refuse_incompletable(self.task, self.args)
         self._resolve(teacher=not will_be_trained)
         if settings.unlabeled and self._data:
@@ -122,7 +116,7 @@ class Labeler:
             ConfigError: If there is nothing to label.
         """
         settings, args, found = self.settings, self.args, {}
-        self.refuse()
+        self.refuse(self._will_be_trained)
         data = self._data_of_labels()
         if settings.complete_labels:
             labeled = self._labeled_images()
@@ -168,7 +162,7 @@ class Labeler:
         """Read the teacher, and resolve the data set; the first process of each machine may have to download them."""
         if (self._teacher or not teacher) and self._data is not None:
             return
-        with first_here_first():
+        with local_zero_first():
             if teacher:
                 self._read_teacher()
             if self._data is None:
@@ -232,7 +226,7 @@ class Labeler:
         description = plain_data(data)
         states = [_state(image) for part in (images, labeled, split.held_out) for image in part]
         file = plan.folder / "lists" / f"{fingerprint(states, settings.pool_ratio, description, *others)[:16]}.json"
-        if is_whole(file, plan.form):
+        if is_complete(file, plan.form):
             return file
         selected = select_images(settings, images, split, len(labeled), self._argument)
         records = label_images(plan, selected.images)
@@ -262,7 +256,7 @@ class Labeler:
         states = [_state(file) for file in (*images, *labels)]
         key = fingerprint(states, args.fraction, bool(args.single_cls), description)[:16]
         file, teacher = folder / "lists" / f"{key}.json", self._read_teacher()
-        if is_whole(file, format_of(teacher, data, self.settings, {}, outlined=False)):
+        if is_complete(file, format_of(teacher, data, self.settings, {}, outlined=False)):
             return file
         labeled = self._labeled_images()
         form = format_of(teacher, data, self.settings, labeled.classes, labeled.outlined)
@@ -275,6 +269,17 @@ class Labeler:
         summary = summary._replace(objects=objects, warnings=labeled.warnings)
         write_pool(file, plan, [], records, description, summary)
         return file
+
+
+def _refuse_size(imgsz: Any) -> None:
+    """Refuse an image size at which a teacher can see nothing.
+
+    Raises:
+        ConfigError: If it is one.
+    """
+    sides = imgsz if isinstance(imgsz, list | tuple) else [imgsz]
+    if not all(str(side).isdecimal() and int(side) > 0 for side in sides):
+        raise ConfigError(f"imgsz={imgsz}: a teacher that labels needs some pixels; give imgsz=640")
 
 
 def restore_arguments(args: Any) -> Any:

@@ -32,8 +32,8 @@ from yolo_cwd.digits import cache_folder
 from yolo_cwd.pool.images import content_of, fingerprint, identity, is_cut_off
 from yolo_cwd.pool.labels import NO_LABELS, ExistingLabels, LabelFormat, label_of
 from yolo_cwd.pool.teacher import file_of, predictions
-from yolo_cwd.run.distributed import first_here_first
-from yolo_cwd.run.files import write_whole, written_whole
+from yolo_cwd.run.distributed import local_zero_first
+from yolo_cwd.run.files import atomic_path, write_atomic
 from yolo_cwd.run.refusal import disk_is_full, unwritable
 
 VERSION = 3  # part of the key: raise it whenever what is written changes
@@ -114,7 +114,7 @@ def _alone(folder: Path, argument: str) -> Iterator[None]:
     for a process of another machine that shares the folder: that one goes on only once all have passed the barrier.
     """
     lock = FileLock(folder.with_suffix(".lock"))
-    with first_here_first():
+    with local_zero_first():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=1)
@@ -182,7 +182,7 @@ def _put(plan: Plan, result: Any, source: Path, image: Path, name: str) -> None:
     """Write the label of an image, and the record last."""
     label = label_of(result, plan.form, plan.settings.pool_conf, plan.existing.get(source, NO_LABELS))
     file = Path(plan.form.folder) / f"{name}{plan.form.task.label_suffix}"
-    write_whole(plan.folder / file, label.content)
+    write_atomic(plan.folder / file, label.content)
     record = {
         "source": str(source),
         "image": image.relative_to(plan.folder).as_posix(),
@@ -191,7 +191,7 @@ def _put(plan: Plan, result: Any, source: Path, image: Path, name: str) -> None:
         "confidences": [round(x, 4) for x in label.confidences],
         "already_labeled": label.already_labeled,
     }
-    write_whole(plan.folder / "records" / f"{name}.json", json.dumps(record))
+    write_atomic(plan.folder / "records" / f"{name}.json", json.dumps(record))
 
 
 def _record(folder: Path, name: str) -> dict[str, Any] | None:
@@ -217,7 +217,7 @@ def _link(source: Path, folder: Path, name: str) -> Path | None:
             if not is_cut_off(source):
                 os.link(source.resolve(), image)  # not to a link, which might point elsewhere from here
                 return image
-        with written_whole(image) as unfinished:
+        with atomic_path(image) as unfinished:
             shutil.copyfile(source, unfinished)
     except FileNotFoundError:
         return None

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
-import csv
+import errno
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ultralytics.engine import trainer as ultralytics_trainer
+from ultralytics.utils import LOGGER, colorstr
 
 from yolo_cwd.run.shared import SharedChange
 
@@ -23,7 +25,7 @@ LEFTOVER = re.compile(r"\.[^.]+\.pt\.\d+")  # a checkpoint or state of ours that
 
 
 @contextmanager
-def written_whole(file: Path) -> Iterator[Path]:
+def atomic_path(file: Path) -> Iterator[Path]:
     """Yield the path to write a file at, beside its place; then give it its name, or remove it if that fails."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -33,16 +35,16 @@ def written_whole(file: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_whole(file: Path, content: str | bytes) -> None:
+def write_atomic(file: Path, content: str | bytes) -> None:
     """Write a file so that nobody ever sees a part of it, even after a kill."""
-    with written_whole(file) as unfinished:
+    with atomic_path(file) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def put(unfinished: Path, file: Path) -> None:
     """Give a complete file its name, once its content has reached the disk."""
     with unfinished.open("r+b") as opened:  # Windows flushes only files open for writing
-        os.fsync(opened.fileno())
+        _flush(opened.fileno(), file)
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -54,8 +56,25 @@ def put(unfinished: Path, file: Path) -> None:
             time.sleep(0.05)
 
 
+def _flush(descriptor: int, file: Path) -> None:
+    """Flush a file to the disk; network and FUSE mounts may refuse that, which must not end a training."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:  # found out only now
+            raise
+        _warn_of_refused_flush(str(file.parent), str(error.strerror))
+
+
+@cache
+def _warn_of_refused_flush(folder: str, reason: str) -> None:
+    LOGGER.warning(
+        f"{colorstr('CWD:')} {folder}: files cannot be flushed to the disk ({reason}); a power cut may tear them"
+    )
+
+
 @contextmanager
-def checkpoints_written_whole(trainer: Any) -> Iterator[None]:
+def atomic_checkpoints(trainer: Any) -> Iterator[None]:
     """Let a trainer of Ultralytics, which writes its checkpoints in place, write them elsewhere; then move them.
 
     `last.pt` is moved last.
@@ -91,7 +110,7 @@ def _strip_whole() -> Callable[[], None]:
     strip = ultralytics_trainer.strip_optimizer
 
     def strip_whole(file: Path, s: str = "", updates: dict[str, Any] | None = None) -> Any:
-        with written_whole(file) as unfinished:
+        with atomic_path(file) as unfinished:
             shutil.copyfile(file, unfinished)
             return strip(_Aside(unfinished, file), s, updates)
 
@@ -103,7 +122,7 @@ def _strip_whole() -> Callable[[], None]:
 
 
 # Lets Ultralytics, which strips finished checkpoints in place, strip them so that they are never torn.
-optimizers_stripped_whole = SharedChange(_strip_whole)
+atomic_strip = SharedChange(_strip_whole)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -112,31 +131,3 @@ def remove_leftovers(folder: Path) -> None:
     for file in folder.iterdir():
         if LEFTOVER.fullmatch(file.name):
             file.unlink(missing_ok=True)
-
-
-def drop_rows_after(table: Path, epoch: int) -> None:
-    """Drop the rows of a `results.csv` that belong to a later epoch (counted from 1) or that a kill has torn."""
-    lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
-    if not lines:  # emptied by a power cut, perhaps: Ultralytics writes the header into a new file alone
-        table.unlink(missing_ok=True)
-        return
-    header, *rows = lines
-    epochs = [row.split(",")[0].strip() if row.count(",") == header.count(",") else "" for row in rows]
-    kept = [row for row, e in zip(rows, epochs, strict=True) if e.isdecimal() and int(e) <= epoch]
-    write_whole(table, "\n".join([header, *kept]) + "\n")
-
-
-def widen(table: Path, columns: Sequence[str]) -> list[str]:
-    """Give a `results.csv` these columns, with nan in its old rows, and return all that it has, others last.
-
-    A newer release may resume a run, or another teacher with other classes take over.
-    """
-    if not table.exists():
-        return list(columns)
-    with table.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = list(dict.fromkeys([*columns, *(rows[0] if rows else ())]))
-    if rows and list(rows[0]) != columns:
-        lines = [",".join(row.get(name) or "nan" for name in columns) for row in rows]
-        write_whole(table, "\n".join([",".join(columns), *lines]) + "\n")
-    return columns

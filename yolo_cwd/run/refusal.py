@@ -65,18 +65,6 @@ def require_autocast(amp: Any, device: Any) -> None:
         raise ConfigError(f"amp=bf16: Ultralytics has it on CUDA only, not on device={device}; use amp=False")
 
 
-def require_streams(teacher_forward: str, device: Any) -> None:
-    """Refuse a stream for the teacher on a device that has none.
-
-    Raises:
-        ConfigError: If it is asked for, and the device none of CUDA.
-    """
-    if teacher_forward == "stream" and device.type != "cuda":
-        raise ConfigError(
-            f"teacher_forward=stream: there are streams on CUDA only, not on device={device}; use teacher_forward=eager"
-        )
-
-
 def disk_is_full(error: BaseException) -> bool:
     """Return whether an error means that nothing can be written any more."""
     return isinstance(error, OSError) and error.errno in FULL

@@ -34,7 +34,7 @@ from yolo_cwd.run.state import RunState, load_state
 from yolo_cwd.tasks import ALL, Task, task_of_student
 
 EXTRA_ARGUMENTS = {"augmentations", "save_dir"}  # training arguments that Ultralytics takes without a default
-REPLACEABLE = {"teacher", "trust_teacher", "teacher_forward"}  # options that may change when a run resumes
+REPLACEABLE = {"teacher", "trust_teacher"}  # options that may change when a run resumes
 Need = tuple[str, Callable[[Settings], Any]]
 NEEDS: dict[str, Need] = {  # what an option has no effect without, and whether it is there
     "share": (f"cwd={BALANCED}", lambda settings: settings.balanced),
@@ -97,7 +97,7 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
         state = load_state(checkpoint)
         run = checkpoint.absolute().parents[1]
         state.options["teacher"] = teacher_record.own_teacher(state.options.get("teacher"), run)
-        options = {"class_share": 0.0, **_options_of_resumed_run(state, options)}  # runs of 0.1 had no class maps
+        options = _options_of_resumed_run(state, options)
     else:
         arguments["model"] = student_path(student, model, base["model"])
         state = RunState({})

@@ -9,7 +9,8 @@ only tensors, numbers and strings, and is read by torch's restricted loader.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_cwd.config import ConfigError
-from yolo_cwd.run.files import remove_leftovers, write_whole
+from yolo_cwd.run.files import remove_leftovers, write_atomic
 
 FILE = "cwd.pt"
 KEPT_EPOCHS = 2
@@ -45,7 +46,7 @@ class RunState:
         score: float | None = None,
     ) -> None:
         """Start with what is known so far."""
-        self.measured: list[list[float]] = []
+        self.measured: dict[str, list[float]] = {}
         self.options = dict(options)
         self.epochs: dict[int, Any] = dict(epochs or {})
         self.start: dict[str, Tensor] = dict(start or {})
@@ -53,14 +54,14 @@ class RunState:
         self.score = score
 
     def remember(
-        self, epoch: int, adapters: nn.Module, optimizer: torch.optim.Optimizer, measured: Sequence[Any] = ()
+        self, epoch: int, adapters: nn.Module, optimizer: torch.optim.Optimizer, measured: Mapping[str, Any]
     ) -> None:
         """Keep the state at the end of an epoch, and forget all but the last few."""
         moments = [_to_cpu(optimizer.state.get(p, {})) for p in adapters.parameters()]
         self.epochs[epoch] = {
             "adapters": _to_cpu(adapters.state_dict()),
             "optimizer": moments,
-            "measured": list(measured),
+            "measured": dict(measured),
         }
         self.epochs = {e: self.epochs[e] for e in sorted(self.epochs) if epoch - KEPT_EPOCHS < e <= epoch}
 
@@ -81,7 +82,7 @@ class RunState:
                 f"{list(theirs.values())}; resume with the teacher it began with"
             )
         adapters.load_state_dict(saved["adapters"])
-        self.measured = saved.get("measured", [])
+        self.measured = saved["measured"]
         on_device = _counts_on_device(optimizer, adapters)
         for parameter, moments in zip(adapters.parameters(), saved["optimizer"], strict=True):
             optimizer.state[parameter] = {n: _placed(parameter, value, on_device) for n, value in moments.items()}
@@ -92,7 +93,29 @@ class RunState:
         content = {"options": self.options, "epochs": self.epochs, "start": self.start, "teacher": self.teacher}
         content["score"] = self.score
         torch.save(content, buffer)
-        write_whole(folder / FILE, buffer.getvalue())
+        write_atomic(folder / FILE, buffer.getvalue())
+
+
+@contextmanager
+def set_aside(optimizer: torch.optim.Optimizer, adapters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Leave in an optimizer what plain Ultralytics would have there, so that it can resume our checkpoints.
+
+    Args:
+        optimizer: The optimizer.
+        adapters: The parameters of ours, which have a group of their own.
+    """
+    if not adapters:
+        yield
+        return
+    groups = enumerate(optimizer.param_groups)
+    place = next(i for i, group in groups if any(p is adapters[0] for p in group["params"]))
+    group = optimizer.param_groups.pop(place)
+    state: dict[Tensor, Any] = {p: optimizer.state.pop(p) for p in adapters if p in optimizer.state}
+    try:
+        yield
+    finally:
+        optimizer.param_groups.insert(place, group)  # another list if a state has been loaded
+        optimizer.state.update(state)
 
 
 def _counts_on_device(optimizer: torch.optim.Optimizer, adapters: nn.Module) -> bool:

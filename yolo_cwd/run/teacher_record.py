@@ -25,14 +25,14 @@ from ultralytics.utils.checks import check_model_file_from_stem
 from ultralytics.utils.downloads import attempt_download_asset
 from ultralytics.utils.files import get_latest_run
 
-from yolo_cwd.config import read_yaml, split_options
-from yolo_cwd.run.files import write_whole
+from yolo_cwd.config import ConfigError, read_yaml, split_options
+from yolo_cwd.run.files import write_atomic
 
 FOLDER, FILE = "teacher", "cwd.yaml"
 OBJECT = "start.pt"  # a teacher that was given as an object
 REPLACEABLE = {  # what may change when a run resumes, as Ultralytics has it
     *("device", "workers", "cache", "batch", "imgsz", "patience", "time", "data", "val", "plots", "save_period"),
-    *("close_mosaic", "teacher_forward", "trust_teacher"),
+    *("close_mosaic", "trust_teacher"),
 }
 NAMING = {"model", "student", "resume", "task", "mode", "name", "project", "exist_ok", "save_dir", "pretrained"}
 NO_MATTER = {  # arguments that do not affect what a teacher becomes
@@ -49,7 +49,7 @@ class Record(NamedTuple):
         key: Identifies what the teacher depends on.
         complete: Whether the teacher is trained.
         teacher: What the user named the teacher by.
-        arguments: Ultralytics' arguments of the run.
+        arguments: Ultralytics' arguments of the run; none if the teacher is that of a comparison.
         options: The options of the run.
     """
 
@@ -64,7 +64,7 @@ class Record(NamedTuple):
         """Write it into its folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         content = json.loads(json.dumps({k: v for k, v in self._asdict().items() if k != "folder"}, default=str))
-        write_whole(self.folder / FILE, yaml.safe_dump(content, sort_keys=False))
+        write_atomic(self.folder / FILE, yaml.safe_dump(content, sort_keys=False))
 
     @property
     def last(self) -> Path:
@@ -161,6 +161,10 @@ def taken_up(below: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[str
     record = of_checkpoint(Path(named)) if isinstance(named, str | Path) and named else None
     if record is None:
         return below, overrides, False
+    if not record.arguments:
+        raise ConfigError(
+            f"resume={named}: is the teacher of a comparison; repeat the command 'yolo_cwd compare' instead"
+        )
     run = record.folder.parent
     if (last := run / "weights" / "last.pt").is_file():
         own = {name: value for name, value in overrides.items() if name not in NAMING}

@@ -31,10 +31,12 @@ def compare_classes(teacher: dict[int, str], other: dict[int, str], whose: str) 
         alone = [name for name in names if name not in rest]
         parts += [f"only the {side} has {listed(alone)}"] if alone else []
     parts += ["the names are the same in another order"] if sorted(ours) == sorted(theirs) else []
-    return f"{'; '.join(parts)}. That is no obstacle: the necks are compared, not the classes"
+    return "; ".join(parts)
 
 
-def verdict(same_classes: bool, teacher: float | None, student: float | None, sign: int = 1) -> str:
+def verdict(
+    same_classes: bool, teacher: float | None, student: float | None, sign: int = 1, trained_first: bool = False
+) -> str:
     """Say in a sentence whether a teacher is worth it.
 
     Args:
@@ -42,7 +44,13 @@ def verdict(same_classes: bool, teacher: float | None, student: float | None, si
         teacher: Its score on the validation images, 0 to 1; None if it has none.
         student: The student's score before this training; None if it has not been trained on such data.
         sign: 1 if a higher score is better, -1 if a lower one is.
+        trained_first: Whether the teacher will be trained on the data before the student.
     """
+    if trained_first:
+        return (
+            "the teacher will know the data once it is trained; it is worth it if it then ends well above the student "
+            "alone, which 'yolo_cwd compare' tells"
+        )
     if not same_classes:
         return "doubtful: the teacher does not know the task or the classes of the data; one that does teaches more"
     if teacher is None:
@@ -102,7 +110,7 @@ def as_text(found: dict[str, Any]) -> str:
         "memory": f"{peaks['distilled']:,} MiB at its peak, {peaks['plain']:,} MiB for a plain step ({holds})",
         "teacher": f"calculates in {found['teacher']['precision']}",
     }
-    for name in ("unlabeled", "completed"):
+    for name in ("stages", "unlabeled", "completed"):
         if found.get(name):
             paragraphs[name] = found[name]
     if found["levels"]:

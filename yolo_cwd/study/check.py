@@ -29,21 +29,21 @@ from ultralytics.utils.torch_utils import get_flops, parse_device, unwrap_model
 
 from yolo_cwd import digits
 from yolo_cwd.config import ConfigError
-from yolo_cwd.method.prepare import autocast_of
 from yolo_cwd.method.teacher import wait_for
+from yolo_cwd.method.terms import LevelTerm
 from yolo_cwd.pool.pool import Labeler
 from yolo_cwd.run.score import knows, score
 from yolo_cwd.study.advice import as_text, compare_classes, verdict
-from yolo_cwd.study.rehearsal import Unheard, passing_folder, set_up
+from yolo_cwd.study.dry_run import NoCallbacks, scratch_folder, set_up
 from yolo_cwd.trainer import CWDTrainer
 
 MADE_UP = "made-up images"
-FIXED = 100.0  # a fixed weight to compare with: the default of version 0.1
+FIXED = 100.0  # a fixed weight to compare with
 BATCHES = 2
 TURNS = 3  # steps on each batch; the first is for warming up
 
 
-class Trial(Unheard, CWDTrainer):
+class Trial(NoCallbacks, CWDTrainer):
     """A trainer that is set up and runs a few steps, on made-up images if no data are given."""
 
     labels: dict[str, str]
@@ -59,6 +59,10 @@ class Trial(Unheard, CWDTrainer):
         if self.labeler:
             self.labeler.release()
 
+    def plan_teacher(self, teacher: Any, args: Any, goes_on: bool) -> Any:
+        """Plan the teacher's training, unless there are no data to train it on."""
+        return (None, self.settings) if args.data == MADE_UP else super().plan_teacher(teacher, args, goes_on)
+
     def get_dataset(self) -> Any:
         """Resolve `data`, or make up two full batches of digits that suit the student's classes."""
         if self.args.batch < 1:
@@ -71,7 +75,7 @@ class Trial(Unheard, CWDTrainer):
             file = digits.build(self.save_dir, images, task=self.task.name)
             _relabel(file.parent, len(names))
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            content |= {"names": names, "channels": self.teacher.image_channels}
+            content |= {"names": names, "channels": self.distillation.teacher.image_channels}
             file.write_text(yaml.safe_dump(content), encoding="utf-8")
             self.args.data, self.args.fraction = str(file), 1.0
         return super().get_dataset()
@@ -102,7 +106,7 @@ def run(words: dict[str, Any]) -> None:
         raise ConfigError(f"format={form}: must be one of table, json")
     if words.get("resume"):
         raise ConfigError(f"resume={words['resume']}: a run that has begun needs no check; leave it out")
-    with passing_folder() as folder:
+    with scratch_folder() as folder:
         found = examine(words, folder)
     print(json.dumps(found, indent=1) if form == "json" else as_text(found))
 
@@ -120,7 +124,7 @@ def examine(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     embedded = words.get("data") is None
     _say("building the models")
     trainer = _set_up({**words, "data": MADE_UP if embedded else words["data"]}, folder)
-    teacher, student = trainer.teacher, unwrap_model(trainer.model)
+    teacher, student = trainer.distillation.teacher, unwrap_model(trainer.model)
     size = trainer.args.imgsz
     found = {
         "teacher": {
@@ -134,7 +138,7 @@ def examine(words: dict[str, Any], folder: Path) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in student.parameters()),
             "gflops": round(get_flops(student, size), 1),
         },
-        "balanced": trainer.cwd.balanced,
+        "balanced": trainer.settings.balanced,
         "data": None if embedded else str(trainer.args.data),
         "device": str(trainer.device),
         "batch": trainer.batch_size,
@@ -150,14 +154,28 @@ def examine(words: dict[str, Any], folder: Path) -> dict[str, Any]:
             **found,
             "verdict": "give data= as well, to see the scores of both and whether this teacher is worth it",
         }
-    same, model = _knows_the_data(trainer, teacher.label), str(trainer.args.model)
+    same, model = trainer.stage is None and _knows_the_data(trainer, teacher.label), str(trainer.args.model)
     arguments = {**vars(trainer.args), "device": str(trainer.device)}
     scores = {
         "teacher": _score(teacher.label, arguments, folder) if same else None,
         "student": _score(model, arguments, folder) if _knows_the_data(trainer, model) else None,
     }
-    said = verdict(same, **scores, sign=trainer.task.score.sign)
+    said = verdict(same, **scores, sign=trainer.task.score.sign, trained_first=trainer.stage is not None)
+    found["stages"] = _stages(trainer, found)
     return {**found, "same_classes": same, "score": trainer.task.score.label, "scores": scores, "verdict": said}
+
+
+def _stages(trainer: CWDTrainer, found: dict[str, Any]) -> str | None:
+    """Say that the teacher will be trained first, and what that costs beside the student's training."""
+    if (stage := trainer.stage) is None:
+        return None
+    ratio = found["teacher"]["gflops"] / max(found["student"]["gflops"], 0.1)
+    ours = found["step_ratio"] * trainer.epochs
+    return (
+        f"{stage.reason()}, so it is trained on the data first: {stage.epochs} epochs for the teacher, then "
+        f"{trainer.epochs} for the student; by GFLOPs an epoch of the teacher costs about {ratio:.2g} of a plain one "
+        f"of the student, so both stages together about {ratio * stage.epochs + ours:.0f} of those"
+    )
 
 
 def _set_up(words: dict[str, Any], folder: Path) -> Trial:
@@ -173,14 +191,14 @@ def _say(doing: str) -> None:
 
 def _classes(trainer: CWDTrainer, embedded: bool) -> str:
     names = trainer.data["names"] if not embedded or str(trainer.args.model).endswith(".pt") else {}
-    return compare_classes(trainer.teacher.names, names, "student" if embedded else "data")
+    return compare_classes(trainer.distillation.teacher.names, names, "student" if embedded else "data")
 
 
 def _knows_the_data(trainer: CWDTrainer, model: str) -> bool:
     """Return whether a checkpoint has been trained for this task, on the classes of the data."""
     if model.endswith(".pt"):
         return knows(model, trainer.task, trainer.data["names"])
-    return bool(trainer.teacher.names == trainer.data["names"])  # an untrained model has no score
+    return bool(trainer.distillation.teacher.names == trainer.data["names"])  # an untrained model has no score
 
 
 def _score(model: str, arguments: dict[str, Any], folder: Path) -> float | None:
@@ -191,13 +209,14 @@ def _score(model: str, arguments: dict[str, Any], folder: Path) -> float | None:
 
 
 def _levels(trainer: CWDTrainer) -> list[dict[str, Any]]:
-    assert trainer.criterion is not None
-    rows, meter = [], trainer.criterion.meter
+    assert trainer.distillation.criterion is not None
+    rows, meter = [], trainer.distillation.criterion.meter
     fixed = (FIXED / meter.ratios).tolist()
-    for i, (level, adapter) in enumerate(zip(trainer.levels, trainer.adapters, strict=True)):
+    for i, term in enumerate(term for term in trainer.distillation.terms if isinstance(term, LevelTerm)):
+        level = term.level
         row = {"name": level.name, "stride": level.stride, "map": trainer.args.imgsz // level.stride}
         row |= {"student_channels": level.student_channels, "teacher_channels": level.teacher_channels}
-        row |= {"adapter_parameters": sum(p.numel() for p in adapter.parameters()), "weight": trainer.level_weights[i]}
+        row |= {"adapter_parameters": sum(p.numel() for p in term.parameters()), "weight": term.share}
         rows.append({**row, "share": meter.shares[level.name], "fixed_share": fixed[i] if isfinite(fixed[i]) else None})
     return rows
 
@@ -205,20 +224,19 @@ def _levels(trainer: CWDTrainer) -> list[dict[str, Any]]:
 def _cost(trainer: CWDTrainer) -> dict[str, Any]:
     """Return the time and memory of a step, plain and distilled, on the same batches.
 
-    The memory of a plain step excludes teacher and adapters, which are already loaded. The time of a distilled step is
-    the mean over batches that `cwd_every` distils and batches that it skips.
+    The memory of a plain step excludes teacher and adapters, which are already loaded.
     """
-    assert trainer.criterion is not None
+    assert trainer.distillation.criterion is not None
     _say("timing steps")
     trainer._model_train()
     batches = [batch for batch, _ in zip(trainer.train_loader, range(BATCHES), strict=False)]
-    weights = {"plain": 0.0, "distilled": trainer.cwd.strength}
+    weights = {"plain": 0.0, "distilled": trainer.settings.strength}
     memory: dict[str, float] = {}
     times: dict[str, list[float]] = {arm: [] for arm in weights}
     try:
         for turn in range(TURNS):
             for arm, weight in weights.items():  # the plain step first: memory, once taken, is not always released
-                trainer.criterion.weight = weight
+                trainer.distillation.criterion.weight = weight
                 with _peak(trainer.device) as peak:
                     for batch in batches:
                         duration = _step(trainer, batch)
@@ -229,9 +247,8 @@ def _cost(trainer: CWDTrainer) -> dict[str, Any]:
         reason = f"batch={trainer.batch_size}: a step does not fit into the memory of {trainer.device}"
         raise ConfigError(f"{reason}; give a smaller batch or imgsz, or a smaller teacher") from error
     seconds = {arm: median(values) for arm, values in times.items()}
-    seconds["distilled"] = seconds["plain"] + (seconds["distilled"] - seconds["plain"]) / trainer.cwd.cwd_every
-    if trainer.cwd.cwd:  # with cwd=0 the teacher stays where it was loaded
-        ours = [p for module in (trainer.teacher, trainer.adapters) for p in module.parameters()]
+    if trainer.settings.cwd:  # with cwd=0 the teacher stays where it was loaded
+        ours = [p for module in (trainer.distillation.teacher, trainer.distillation.terms) for p in module.parameters()]
         memory["plain"] -= sum(p.numel() * p.element_size() for p in ours)
     return {
         "step_seconds": seconds,
@@ -244,8 +261,8 @@ def _step(trainer: CWDTrainer, raw: dict[str, Any]) -> float:
     """Run one training step on a batch of its loader, and return the seconds it takes."""
     wait_for(trainer.device)
     begin = time.perf_counter()
-    trainer._batches = trainer.cwd.cwd_every  # distil this batch, as one that is not the first of an epoch
-    with autocast_of(trainer):
+    trainer.distillation.past_first_batch()
+    with trainer.autocast():
         loss, _ = trainer.model(trainer.preprocess_batch(dict(raw)))
     trainer.scaler.scale(loss.sum()).backward()
     trainer.optimizer_step()

@@ -5,6 +5,7 @@ It trains every arm (a named set of options) with every seed, under the same sch
 
     comparison.yaml            what is compared; the same command resumes it, and new arms and seeds are added to it
     runs/<arm>-<seed>/         one Ultralytics run each; a killed run resumes from its last epoch
+    teacher/                   the teacher, if it does not know the data: trained first, once for all arms
     results/<arm>-<seed>.json  its scores, written when the run is complete; results/teacher.json for the teacher
     locks/                     one lock per run; the operating system frees it when the process dies
     summary.* and *.png        see summary.py
@@ -20,7 +21,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -48,15 +49,17 @@ from yolo_cwd.config import (
     split_options,
 )
 from yolo_cwd.method.teacher import load_teacher
-from yolo_cwd.run.files import drop_rows_after, write_whole
+from yolo_cwd.run.files import write_atomic
 from yolo_cwd.run.refusal import unwritable
 from yolo_cwd.run.request import EXTRA_ARGUMENTS, refuse_unsupported, student_path
+from yolo_cwd.run.results import drop_rows_after, read_rows
 from yolo_cwd.run.score import classes_of_data, knows, score
-from yolo_cwd.study.rehearsal import DistilledRehearsal, passing_folder, plain_rehearsal, set_up
+from yolo_cwd.run.teacher_record import FOLDER
+from yolo_cwd.run.teacher_stage import TeacherStage, planned
+from yolo_cwd.study.dry_run import DistilledDryRun, plain_dry_run, scratch_folder, set_up, silence
 from yolo_cwd.study.summary import BASELINE, RECORD, as_text, table, write_summary
 from yolo_cwd.tasks import Task, task_of_student
 from yolo_cwd.trainer import CWDTrainer
-from yolo_cwd.view.report import read_rows
 
 METHODS = ("plain", "cwd", "builtin")
 OWN_ARGUMENTS = {"arms", "seeds", "split", "folder"}
@@ -92,6 +95,7 @@ class Comparison:
         seeds: The seeds; every arm is trained once with each.
         split: The split that the finished models are scored on.
         task: The task of the student.
+        trained: The teacher once it is trained on the data; None if it learns nothing first.
     """
 
     folder: Path
@@ -101,6 +105,7 @@ class Comparison:
     seeds: tuple[int, ...]
     split: str
     task: Task
+    trained: str | None = None
 
     @classmethod
     def parse(cls, words: dict[str, Any]) -> Comparison:
@@ -147,8 +152,11 @@ class Comparison:
                 yield arm, seed
 
     def teacher_of(self, arm: Arm) -> str:
-        """Return the checkpoint that an arm learns from: its own, or the one for all arms."""
-        return model_path("teacher", str(arm.arguments.get("teacher", self.teacher)))
+        """Return the checkpoint that an arm learns from: its own, or the shared one, trained first or as it is."""
+        own = {**self.arguments, **arm.arguments}
+        as_it_is = "teacher" in arm.arguments or own.get("teacher_epochs") == 0 or own.get("complete_labels")
+        shared = self.teacher if as_it_is else self.trained or self.teacher
+        return model_path("teacher", str(arm.arguments.get("teacher", shared)))
 
     def result_file(self, name: str) -> Path:
         """Return the file that holds the scores of a complete run, or of the teacher."""
@@ -278,6 +286,7 @@ def run(words: dict[str, Any]) -> dict[str, Any]:
     _merged_record(comparison)  # refuses another comparison's folder before anything takes time
     rehearse(comparison)
     _claim_folder(comparison)
+    comparison = train_teacher(comparison)
     score_teacher(comparison, classes)
     while waiting := [(arm, seed) for arm, seed in comparison.runs() if not _done(comparison, arm, seed)]:
         if not any(_train_if_free(comparison, arm, seed) for arm, seed in waiting):
@@ -293,16 +302,58 @@ def rehearse(comparison: Comparison) -> None:
     Raises:
         ConfigError: If one of them, or the teacher, cannot be used.
     """
-    load_teacher(comparison.teacher, bool(comparison.arguments.get("trust_teacher")))
+    _stage(comparison)
     for arm in comparison.arms:
         if all(_done(comparison, arm, seed) for seed in comparison.seeds):
             continue
         LOGGER.info(f"{colorstr('compare:')} checking {arm.name}")
-        trainer_class = DistilledRehearsal if arm.method == "cwd" else plain_rehearsal(comparison.task)
-        with passing_folder() as folder:
-            set_up(trainer_class, _overrides(comparison, arm, comparison.seeds[0]), folder)
+        trainer_class = DistilledDryRun if arm.method == "cwd" else plain_dry_run(comparison.task)
+        with scratch_folder() as folder:
+            trainer = set_up(trainer_class, _overrides(comparison, arm, comparison.seeds[0]), folder)
+            _refuse_own_teacher(arm, trainer)
+            del trainer
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _refuse_own_teacher(arm: Arm, trainer: Any) -> None:
+    """Refuse an arm whose own teacher would be trained anew in each of its runs.
+
+    Raises:
+        ConfigError: If it does not know the data.
+    """
+    if "teacher" in arm.arguments and (stage := getattr(trainer, "stage", None)):
+        raise ConfigError(
+            f"arms={arm.name}: {stage.reason()}; train it first with 'yolo train', or give the arm teacher_epochs=0 to "
+            "take it as it is"
+        )
+
+
+def _stage(comparison: Comparison) -> tuple[TeacherStage | None, Any]:
+    """Return the training of the teacher that all arms share, if it does not know the data, and its arguments.
+
+    Raises:
+        ConfigError: If the teacher cannot be used.
+    """
+    options, arguments = split_options({**comparison.arguments, "teacher": comparison.teacher})
+    settings = Settings.parse(options)
+    teacher = load_teacher(comparison.teacher, settings.trust_teacher)
+    args = get_cfg(DEFAULT_CFG_DICT, arguments)
+    with silence():  # the arms say what they do
+        return planned(teacher, settings, options, args, comparison.task)[0], args
+
+
+def train_teacher(comparison: Comparison) -> Comparison:
+    """Train the teacher once for all arms, if it does not know the data, and return the comparison under it."""
+    stage, args = _stage(comparison)
+    learning = [run for run in comparison.runs() if run[0].method != METHODS[0] and not _done(comparison, *run)]
+    if stage is None or not learning:
+        return comparison
+    with _locked(comparison, "training-of-teacher", wait=True):
+        LOGGER.info(f"\n{colorstr('compare:')} {stage.reason()}, so it is trained first, for {stage.epochs} epochs")
+        stage.goes_on = True  # whatever has happened to the times of the files
+        weights = stage.run(args, None, comparison.folder)
+    return replace(comparison, trained=str(weights))
 
 
 def _name(arm: Arm, seed: int) -> str:
@@ -321,7 +372,7 @@ def _claim_folder(comparison: Comparison) -> None:
     except OSError as error:
         raise unwritable(error, "folder", comparison.folder) from error
     with _locked(comparison, "comparison", wait=True):
-        write_whole(comparison.folder / RECORD, yaml.safe_dump(_merged_record(comparison), sort_keys=False))
+        write_atomic(comparison.folder / RECORD, yaml.safe_dump(_merged_record(comparison), sort_keys=False))
 
 
 def _merged_record(comparison: Comparison) -> dict[str, Any]:
@@ -382,7 +433,7 @@ def _train_if_free(comparison: Comparison, arm: Arm, seed: int) -> bool:
         if free and not _done(comparison, arm, seed):
             LOGGER.info(f"\n{colorstr('compare:')} {_progress(comparison, name)}")
             result = train_arm(comparison, arm, seed)
-            write_whole(comparison.result_file(name), json.dumps(result, indent=1))
+            write_atomic(comparison.result_file(name), json.dumps(result, indent=1))
             write_summary(comparison.folder)
     return free
 
@@ -423,7 +474,7 @@ def _overrides(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
 
 def _train(method: str, task: Task, words: dict[str, Any], folder: Path) -> float:
     """Do a run, or what remains of a killed one, and return the seconds it has taken in all."""
-    left = _left_by_a_kill(folder)
+    left = _find_interrupted(folder)
     if left is None:
         shutil.rmtree(folder, ignore_errors=True)
     elif left.complete:
@@ -454,7 +505,7 @@ class Left(NamedTuple):
     complete: bool
 
 
-def _left_by_a_kill(folder: Path) -> Left | None:
+def _find_interrupted(folder: Path) -> Left | None:
     """Return what is left of a run that was killed before it was scored, or None if it has to start again.
 
     It starts again if its checkpoint is torn (Ultralytics writes it in place); if it was made in another folder, where
@@ -483,7 +534,10 @@ def score_teacher(comparison: Comparison, classes: dict[int, str]) -> None:
     file = comparison.result_file("teacher")
     with _locked(comparison, "teacher", wait=True):
         if not file.exists():
-            fits = knows(comparison.teacher, comparison.task, classes)
+            teacher = comparison.trained or comparison.teacher
+            fits = knows(teacher, comparison.task, classes)
             folder = comparison.folder / "runs" / "teacher"
-            scores = score(comparison.teacher, comparison.arguments, comparison.split, folder) if fits else None
-            write_whole(file, json.dumps(scores))
+            scores = score(teacher, comparison.arguments, comparison.split, folder) if fits else None
+            if scores and comparison.trained:
+                scores["seconds"] = _seconds(read_rows(comparison.folder / FOLDER / "results.csv"))
+            write_atomic(file, json.dumps(scores))

@@ -27,11 +27,11 @@ from ultralytics.utils import LOGGER, YAML, colorstr
 from ultralytics.utils.torch_utils import get_flops, get_num_params
 
 from yolo_cwd import digits
+from yolo_cwd.run.results import read_rows
 from yolo_cwd.tasks import TASKS
 from yolo_cwd.trainer import CWDTrainer
 from yolo_cwd.view.gallery import draw_side_by_side
-from yolo_cwd.view.plots import COLOURS, drawn, spread
-from yolo_cwd.view.report import read_rows
+from yolo_cwd.view.plots import COLORS, drawn, spread
 
 TEACHER_MODEL = "yolov8n.yaml"
 STUDENT_WIDTH = 0.125  # share of YOLOv8's channels; YOLOv8n has 0.25
@@ -183,8 +183,8 @@ def draw_curves(file: Path, results: Sequence[Result]) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axis: Any = axes.xaxis.get_major_locator()
     axis.set_params(integer=True)
-    for colour, result in zip(COLOURS, results, strict=False):
-        axes.plot(range(1, len(result.curve) + 1), result.curve, ".-", color=colour, label=TITLES[result.name])
+    for color, result in zip(COLORS, results, strict=False):
+        axes.plot(range(1, len(result.curve) + 1), result.curve, ".-", color=color, label=TITLES[result.name])
     axes.set(xlabel="epoch", ylabel="mAP50 on the validation images", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -24,9 +24,9 @@ import yaml
 from scipy.stats import t as student_t
 
 from yolo_cwd import __version__
-from yolo_cwd.run.files import write_whole
+from yolo_cwd.run.files import write_atomic
 from yolo_cwd.tasks import TASKS, Score, Task
-from yolo_cwd.view.plots import COLOURS
+from yolo_cwd.view.plots import COLORS
 
 BASELINE = "plain"
 RECORD = "comparison.yaml"
@@ -48,16 +48,9 @@ def paired_interval(differences: list[float]) -> tuple[float, float] | None:
 
 def load_results(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """Return the teacher's scores, if known, and the scores of all complete runs."""
-    files = {f.stem: _read_scores(f) for f in sorted((folder / "results").glob("*.json"))}
+    files = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted((folder / "results").glob("*.json"))}
     teacher = files.pop("teacher", None)
     return teacher, [scores for scores in files.values() if scores]
-
-
-def _read_scores(file: Path) -> dict[str, Any] | None:
-    scores: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8"))
-    if scores and "map50_95" in scores:  # written by version 0.1, for detectors alone
-        scores |= {"score": scores.pop("map50_95"), "second": scores.pop("map50")}
-    return scores
 
 
 def summarize(
@@ -91,6 +84,7 @@ def summarize(
     return {
         "arms": lines,
         "teacher": teacher,
+        "teacher_time": _time_of_teacher(teacher, by_arm.get(BASELINE, {})),
         "scores": [task.score.label, task.second.label],
         "verdict": verdict(teacher, lines.get(BASELINE), task.score),
         "versions": {"yolo_cwd": __version__, "ultralytics": ultralytics.__version__, "torch": torch.__version__},
@@ -122,6 +116,12 @@ def _arm_statistics(
     }
 
 
+def _time_of_teacher(teacher: dict[str, Any] | None, plain: dict[int, dict[str, Any]]) -> float | None:
+    """Return the time of the teacher's own training beside that of a plain run; None if it was not trained here."""
+    seconds = teacher.get("seconds") if teacher else None
+    return _ratio([seconds], [statistics.fmean(r["seconds"] for r in plain.values())]) if seconds and plain else None
+
+
 def _ratio(ours: list[float], theirs: list[float]) -> float | None:
     return sum(ours) / sum(theirs) if theirs else None
 
@@ -150,9 +150,9 @@ def write_summary(folder: Path) -> dict[str, Any]:
     task = TASKS[record.get("task", "detect")]
     summary = {"comparison": record, **summarize(list(record["arms"]), teacher, results, against, task)}
     lines = table(summary)
-    write_whole(folder / "summary.json", json.dumps({**summary, "runs": results}, indent=1))
-    write_whole(folder / "summary.csv", _csv(results, summary["scores"]))
-    write_whole(folder / "summary.md", _markdown(lines, summary))
+    write_atomic(folder / "summary.json", json.dumps({**summary, "runs": results}, indent=1))
+    write_atomic(folder / "summary.csv", _csv(results, summary["scores"]))
+    write_atomic(folder / "summary.md", _markdown(lines, summary))
     _draw(folder, summary, results)
     return summary
 
@@ -161,15 +161,18 @@ def _points(value: float | None, form: str = "+.1f") -> str:
     return "" if value is None else format(100 * value, form)
 
 
+def _ratio_text(ratio: float | None) -> str:
+    return f"{ratio:.2f}x" if ratio else ""
+
+
 def table(summary: dict[str, Any]) -> list[list[str]]:
     """Return the table of a summary, header first: scores in points (0 to 100), times relative to `plain`."""
     first, second = summary["scores"]
     header = ["arm", "runs", first, "sd", second, f"vs {BASELINE}", "95 % interval", "gap closed", "time"]
     lines = [header]
     if teacher := summary["teacher"]:
-        lines.append(
-            ["teacher", "", _points(teacher["score"], ".1f"), "", _points(teacher["second"], ".1f"), *[""] * 4]
-        )
+        points, second = (_points(teacher[name], ".1f") for name in ("score", "second"))
+        lines.append(["teacher", "", points, "", second, *[""] * 3, _ratio_text(summary.get("teacher_time"))])
     for name, arm in summary["arms"].items():
         compared = name != arm["against"] and arm["gain"] is not None
         against = "" if arm["against"] == BASELINE else f" ({arm['against']})"
@@ -184,7 +187,7 @@ def table(summary: dict[str, Any]) -> list[list[str]]:
                 _points(arm["gain"]) + against if compared else "",
                 f"{_points(interval[0])} to {_points(interval[1])}" if interval else "",
                 f"{arm['gap_closed']:.0%}" if compared and arm["gap_closed"] is not None else "",
-                f"{arm['time_ratio']:.2f}x" if arm["time_ratio"] else "",
+                _ratio_text(arm["time_ratio"]),
             ]
         )
     return lines
@@ -234,26 +237,26 @@ def _draw(folder: Path, summary: dict[str, Any], results: list[dict[str, Any]]) 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = dict(zip(summary["arms"], COLOURS * len(summary["arms"]), strict=False))
+    colors = dict(zip(summary["arms"], COLORS * len(summary["arms"]), strict=False))
     for name, draw in {"curves": _draw_curves, "scores": _draw_scores, "classes": _draw_classes}.items():
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-        draw(axes, summary, results, colours)
+        draw(axes, summary, results, colors)
         axes.grid(alpha=0.3)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)
-        write_whole(folder / f"{name}.png", picture.getvalue())
+        write_atomic(folder / f"{name}.png", picture.getvalue())
         plt.close(figure)
 
 
-def _draw_curves(axes: Any, summary: dict[str, Any], results: list[dict[str, Any]], colours: dict[str, str]) -> None:
+def _draw_curves(axes: Any, summary: dict[str, Any], results: list[dict[str, Any]], colors: dict[str, str]) -> None:
     for name in summary["arms"]:
         curves = [r["curve"] for r in results if r["arm"] == name and r["curve"]]
         if not curves:  # trained with val=False
             continue
         epochs = range(1, min(map(len, curves)) + 1)
         at = [[100 * curve[e - 1] for curve in curves] for e in epochs]
-        axes.plot(epochs, [statistics.fmean(x) for x in at], color=colours[name], label=name)
-        axes.fill_between(epochs, [min(x) for x in at], [max(x) for x in at], color=colours[name], alpha=0.15, lw=0)
+        axes.plot(epochs, [statistics.fmean(x) for x in at], color=colors[name], label=name)
+        axes.fill_between(epochs, [min(x) for x in at], [max(x) for x in at], color=colors[name], alpha=0.15, lw=0)
     axes.set(
         xlabel="epoch",
         ylabel=f"{summary['scores'][0]} on the val split (points)",
@@ -263,11 +266,11 @@ def _draw_curves(axes: Any, summary: dict[str, Any], results: list[dict[str, Any
         axes.legend()
 
 
-def _draw_scores(axes: Any, summary: dict[str, Any], results: list[dict[str, Any]], colours: dict[str, str]) -> None:
+def _draw_scores(axes: Any, summary: dict[str, Any], results: list[dict[str, Any]], colors: dict[str, str]) -> None:
     for position, (name, arm) in enumerate(summary["arms"].items()):
         scores = [100 * r["score"] for r in results if r["arm"] == name]
-        axes.plot([position] * len(scores), scores, "o", color=colours[name], alpha=0.6)
-        axes.plot([position - 0.25, position + 0.25], [100 * arm["score"]] * 2, color=colours[name], lw=2)
+        axes.plot([position] * len(scores), scores, "o", color=colors[name], alpha=0.6)
+        axes.plot([position - 0.25, position + 0.25], [100 * arm["score"]] * 2, color=colors[name], lw=2)
     axes.set_xticks(range(len(summary["arms"])), list(summary["arms"]))
     if teacher := summary["teacher"]:
         axes.axhline(100 * teacher["score"], color="0.4", ls="--", label="teacher")
@@ -275,7 +278,7 @@ def _draw_scores(axes: Any, summary: dict[str, Any], results: list[dict[str, Any
     axes.set(ylabel=f"{summary['scores'][0]} (points)", title="One dot a seed; line: mean")
 
 
-def _draw_classes(axes: Any, summary: dict[str, Any], results: list[dict[str, Any]], colours: dict[str, str]) -> None:
+def _draw_classes(axes: Any, summary: dict[str, Any], results: list[dict[str, Any]], colors: dict[str, str]) -> None:
     shown = {
         name: arm["class_gains"] for name, arm in summary["arms"].items() if name != BASELINE and arm["class_gains"]
     }
@@ -283,7 +286,7 @@ def _draw_classes(axes: Any, summary: dict[str, Any], results: list[dict[str, An
     width = 0.8 / max(len(shown), 1)
     for number, (name, gains) in enumerate(shown.items()):
         places = [i + (number - (len(shown) - 1) / 2) * width for i in range(len(classes))]
-        axes.bar(places, [100 * gains.get(c, 0.0) for c in classes], width, color=colours[name], label=name)
+        axes.bar(places, [100 * gains.get(c, 0.0) for c in classes], width, color=colors[name], label=name)
     axes.axhline(0, color="0.4", lw=1)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set(ylabel=f"gain over plain (points of {summary['scores'][0]})", title="Gain by class, mean over seeds")

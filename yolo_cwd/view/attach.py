@@ -11,18 +11,17 @@ from ultralytics.utils import LOGGER, RANK, YAML, colorstr
 from yolo_cwd.view import plots, report, teacher_score
 
 UNTRAINED = "a model file has random weights, and teaches nothing; give a checkpoint, such as yolov8l.pt"
-OTHER_CLASSES = "the teacher's classes are not those of the data; a teacher trained on such data teaches more"
 
 
 def attach(trainer: Any) -> None:
-    """Make a `DistillingTrainer` say and show what it does, in the first of the processes that train."""
+    """Make a `CWDTrainer` say and show what it does, in the first of the processes that train."""
     if RANK not in {-1, 0} or trainer.ddp:  # a launching one hands its callbacks on to all that it starts
         return
     trainer.add_callback("on_pretrain_routine_end", teacher_score.find)
     trainer.add_callback("on_train_start", announce)
     trainer.add_callback("on_fit_epoch_end", teacher_score.watch)
     at_end = [conclude]
-    if trainer.args.plots and trainer.cwd.cwd:
+    if trainer.args.plots and trainer.settings.cwd:
         trainer.add_callback("on_train_start", plots.remember_start)
         trainer.add_callback("on_train_epoch_end", plots.show_first_epoch)
         at_end = [plots.show_end, conclude]
@@ -31,12 +30,10 @@ def attach(trainer: Any) -> None:
 
 def announce(trainer: Any) -> None:
     """Say what is distilled, and record the settings in `cwd.yaml`."""
-    student, teacher = Path(trainer.state.options["student"]).stem, trainer.teacher
+    student, teacher = Path(trainer.state.options["student"]).stem, trainer.distillation.teacher
     _say(trainer, report.beginning(student, trainer))
-    if trainer.cwd.cwd and Path(teacher.label).suffix in {".yaml", ".yml"}:
+    if trainer.settings.cwd and Path(teacher.label).suffix in {".yaml", ".yml"}:
         LOGGER.warning(f"{colorstr('CWD:')} {teacher.argument}: {UNTRAINED}")
-    if trainer.cwd.cwd and trainer.task.name != "depth" and teacher.names not in ({}, trainer.data["names"]):
-        _say(trainer, OTHER_CLASSES)
     if missing := report.without_labels(trainer):
         _say(trainer, missing)
     YAML.save(trainer.save_dir / "cwd.yaml", {**trainer.state.options, "teacher": teacher.label})
@@ -45,7 +42,7 @@ def announce(trainer: Any) -> None:
 def conclude(trainer: Any) -> None:
     """Say how the run went."""
     with plots.never_fatal("sentence on the outcome"):
-        curves = report.read_curves(trainer.csv, trainer.weights_by_level, trainer.task.score)
+        curves = report.read_curves(trainer.csv, trainer.distillation.shares, trainer.task.score)
         _say(trainer, report.outcome(curves, trainer.task.score))
         if sentence := teacher_score.difference(curves.score, trainer.state.score, trainer.task.score):
             _say(trainer, sentence)

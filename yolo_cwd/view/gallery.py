@@ -33,7 +33,7 @@ def draw_side_by_side(
         models: Checkpoints by the title of their column.
         size: Size in pixels at which the models see the images.
         confidence: Lowest confidence of an object to draw, 0 to 1.
-        labels: Whether to draw class names; each class has its own colour anyway.
+        labels: Whether to draw class names; each class has its own color anyway.
     """
     from matplotlib import pyplot as plt
 

@@ -19,16 +19,17 @@ from torch import Tensor
 from ultralytics.data.augment import LetterBox
 from ultralytics.utils import LOGGER, colorstr, plt_settings
 
+from yolo_cwd.method.divergence import log_distribution
 from yolo_cwd.method.fpn import head_inputs
-from yolo_cwd.method.loss import log_distribution
+from yolo_cwd.method.terms import LevelTerm
 from yolo_cwd.view.report import Curves, read_curves
 
-# Distinguishable for colour-blind readers (Okabe and Ito).
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Distinguishable for color-blind readers (Okabe and Ito).
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 P = ParamSpec("P")
 IMAGES = 4  # validation images to show
 CHANNELS = 1  # channels to show per level
-START, END = COLOURS[5], COLOURS[1]
+START, END = COLORS[5], COLORS[1]
 
 
 class View(NamedTuple):
@@ -104,21 +105,26 @@ def look(trainer: Any, images: Tensor) -> list[View]:
         trainer: The `CWDTrainer`.
         images: Images [N, C, H, W] in 0 to 1.
     """
-    student, criterion = trainer.ema.ema, trainer.criterion
+    student, criterion = trainer.ema.ema, trainer.distillation.criterion
     dtype = next(student.parameters()).dtype
     seen, taught = [], []
     for i in range(len(images)):  # one by one: less memory than a training step
         image = images[i : i + 1].to(trainer.device)
         seen.append([maps.float() for maps in head_inputs(student, image.to(dtype))])
-        taught.append(trainer.teacher.lesson(image).wait().pyramid)
+        taught.append(trainer.distillation.teacher.maps(image).pyramid)
     features, pyramid = ([torch.cat(maps) for maps in zip(*x, strict=True)] for x in (seen, taught))
     views = []
-    for level, (ours, theirs) in zip(trainer.levels, criterion.pairs(features, pyramid), strict=True):
-        divergence = channel_divergences(ours, theirs, criterion.tau).cpu()
-        channels = most_divergent(trainer.state.start.get(level.name, divergence))
-        maps = [probability_maps(m[:, channels], criterion.tau).cpu() for m in (theirs, ours)]
-        views.append(View(level.name, divergence, channels, *maps))
+    for term in _of_levels(criterion.terms):
+        ours, theirs = term.adapter(features[term.level.student_index]), pyramid[term.level.teacher_index]
+        divergence = channel_divergences(ours, theirs, trainer.settings.tau).cpu()
+        channels = most_divergent(trainer.state.start.get(term.name, divergence))
+        maps = [probability_maps(m[:, channels], trainer.settings.tau).cpu() for m in (theirs, ours)]
+        views.append(View(term.name, divergence, channels, *maps))
     return views
+
+
+def _of_levels(terms: Any) -> list[LevelTerm]:
+    return [term for term in terms if isinstance(term, LevelTerm)]
 
 
 def remember_start(trainer: Any) -> None:
@@ -140,7 +146,7 @@ def show_end(trainer: Any) -> None:
     """Draw the pictures of a complete training."""
     with never_fatal("pictures of the distillation"):
         curves, channels = trainer.save_dir / "cwd_levels.png", trainer.save_dir / "cwd_channels.png"
-        course = read_curves(trainer.csv, trainer.weights_by_level, trainer.task.score)
+        course = read_curves(trainer.csv, trainer.distillation.shares, trainer.task.score)
         draw_levels(curves, course._replace(teacher=trainer.state.score))
         draw_channels(channels, trainer.state.start, _show_maps(trainer), trainer.epoch + 1)
         trainer.on_plot(curves)
@@ -163,12 +169,12 @@ def draw_levels(file: Path, curves: Curves) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, middle, right, last) = plt.subplots(1, 4, figsize=(18.5, 4.2), sharex=True, layout="constrained")
-    colours = dict(zip(curves.terms, COLOURS[1:], strict=False))
-    middle.plot(curves.epochs, curves.task, ".-", color=COLOURS[0], label="the task's own loss")
-    for name, colour in colours.items():
-        left.plot(curves.epochs, curves.divergence[name], ".-", color=colour, label=name)
-        middle.plot(curves.epochs, curves.terms[name], ".-", color=colour, label=f"{name}, weighted")
-        right.plot(curves.epochs, curves.shares[name], ".-", color=colour, label=name)
+    colors = dict(zip(curves.terms, COLORS[1:], strict=False))
+    middle.plot(curves.epochs, curves.task, ".-", color=COLORS[0], label="the task's own loss")
+    for name, color in colors.items():
+        left.plot(curves.epochs, curves.divergence[name], ".-", color=color, label=name)
+        middle.plot(curves.epochs, curves.terms[name], ".-", color=color, label=f"{name}, weighted")
+        right.plot(curves.epochs, curves.shares[name], ".-", color=color, label=name)
     left.set(title="Divergence from the teacher", ylabel="nats per channel (weight taken out)")
     middle.set(title="Terms of the training loss", ylabel="loss")
     right.set(title="Share of the gradient at the student's maps", ylabel="norm beside the task's own")
@@ -186,9 +192,9 @@ def draw_levels(file: Path, curves: Curves) -> None:
 def _draw_score(axes: Any, curves: Curves) -> None:
     """Draw the student's score over the epochs that were validated, and the teacher's as a line."""
     known = [(epoch, 100 * value) for epoch, value in zip(curves.epochs, curves.score, strict=True) if value]
-    axes.plot([epoch for epoch, _ in known], [value for _, value in known], ".-", color=COLOURS[0], label="student")
+    axes.plot([epoch for epoch, _ in known], [value for _, value in known], ".-", color=COLORS[0], label="student")
     if curves.teacher is not None:
-        axes.axhline(100 * curves.teacher, color=COLOURS[1], ls="--", label="teacher")
+        axes.axhline(100 * curves.teacher, color=COLORS[1], ls="--", label="teacher")
     axes.set(title="Score by epoch, on the validation images", ylabel=f"{curves.label} (points)")
     axes.legend()
 
@@ -241,10 +247,10 @@ def draw_channels(file: Path, start: Mapping[str, Tensor], views: Sequence[View]
             shown.insert(0, ("before training", START, start[view.name]))
         values = [_finite(divergence.mean(0)) for *_, divergence in shown]
         bins = np.geomspace(min(map(np.min, values)) * 0.9, max(map(np.max, values)) * 1.1, 25)
-        for (label, colour, _), channels in zip(shown, values, strict=True):
-            axes.hist(channels, bins, color=colour, alpha=0.35)
-            axes.hist(channels, bins, color=colour, histtype="step", lw=2, label=label)
-            axes.axvline(channels.mean(), color=colour, lw=2, ls="--", label=f"mean {channels.mean():.3g} nats")
+        for (label, color, _), channels in zip(shown, values, strict=True):
+            axes.hist(channels, bins, color=color, alpha=0.35)
+            axes.hist(channels, bins, color=color, histtype="step", lw=2, label=label)
+            axes.axvline(channels.mean(), color=color, lw=2, ls="--", label=f"mean {channels.mean():.3g} nats")
         axes.set(xscale="log", title=f"{view.name}: {view.divergence.shape[1]} channels")
         axes.set(
             xlabel="divergence of a channel (nats)", ylabel="number of channels", ylim=(0, 1.45 * axes.get_ylim()[1])

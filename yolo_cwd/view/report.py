@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from yolo_cwd.config import WEIGHT_COLUMN
+from yolo_cwd.run.results import read_rows
 from yolo_cwd.tasks import Score
 
 
@@ -37,12 +37,6 @@ class Curves(NamedTuple):
     score: list[float]
     teacher: float | None = None
     label: str = "score"
-
-
-def read_rows(table: Path) -> list[dict[str, float]]:
-    """Return the rows of a `results.csv`, one per epoch, by column."""
-    with table.open(encoding="utf-8") as file:
-        return [{name.strip(): float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 def read_curves(table: Path, weights: Mapping[str, float], score: Score) -> Curves:
@@ -73,11 +67,7 @@ def read_curves(table: Path, weights: Mapping[str, float], score: Score) -> Curv
 
 
 def _divergence(row: Mapping[str, float], name: str, weight: float) -> float:
-    weight *= row[WEIGHT_COLUMN]
-    nats = row.get(f"train/{name}_nats", math.nan)
-    if math.isnan(nats) and weight:  # a row of version 0.1, whose weights were fixed
-        return row[f"train/{name}_loss"] / weight
-    return nats if weight else math.nan
+    return row.get(f"train/{name}_nats", math.nan) if weight * row[WEIGHT_COLUMN] else math.nan
 
 
 def beginning(student: str, trainer: Any) -> str:
@@ -85,24 +75,20 @@ def beginning(student: str, trainer: Any) -> str:
 
     Args:
         student: The student's name.
-        trainer: The `DistillingTrainer`, set up.
+        trainer: The `CWDTrainer`, set up.
     """
-    settings, teacher = trainer.cwd, trainer.teacher
+    settings, teacher = trainer.settings, trainer.distillation.teacher
     if not settings.cwd:
         return f"cwd=0: nothing is distilled, {student} trains as it would without a teacher"
     student += ", in the shape of its pruned checkpoint," if trainer.reshaped else ""
-    learns = ", ".join(level.name for level in trainer.levels)
-    if trainer.classes:
-        learns += f" and the maps of {len(trainer.classes)} {'classes' if len(trainer.classes) > 1 else 'class'}"
-    details = [settings.course(), f"tau {settings.tau:g}"]
+    learns = ", ".join(level.name for level in trainer.distillation.levels)
+    if number := len(trainer.distillation.classes):
+        learns += f" and the maps of {number} {'classes' if number > 1 else 'class'}"
+    details = [settings.describe_schedule(), f"tau {settings.tau:g}"]
     if set(settings.level_weights) != {1.0}:
         details.append("level weights " + " ".join(f"{w:g}" for w in settings.level_weights))
-    if trainer.explained:
-        details.append("adapters explain " + " ".join(f"{100 * x:.0f}" for x in trainer.explained) + " %")
-    if settings.normalize:
-        details.append("standardized maps")
-    if settings.cwd_every > 1:
-        details.append(f"one batch in {settings.cwd_every}")
+    if trainer.distillation.explained:
+        details.append("adapters explain " + " ".join(f"{100 * x:.0f}" for x in trainer.distillation.explained) + " %")
     return (
         f"{student} learns {learns} from {teacher.label} "
         f"({teacher.parameter_count / 1e6:.1f}M parameters, {teacher.precision}), {', '.join(details)}"
@@ -113,7 +99,7 @@ def without_labels(trainer: Any) -> str:
     """Say how many training images have no label file; nothing if all have one, or if Ultralytics leaves those out.
 
     Args:
-        trainer: The `DistillingTrainer`, set up.
+        trainer: The `CWDTrainer`, set up.
     """
     files = [] if trainer.task.name in {"semantic", "depth"} else trainer.train_loader.dataset.label_files
     missing = sum(not Path(file).is_file() for file in files)

@@ -6,7 +6,6 @@ It is scored once, before the first epoch. The training does not notice it.
 
 from __future__ import annotations
 
-import random
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,33 +13,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from ultralytics import YOLO
 from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils import LOGGER, RANK, colorstr
 
+from yolo_cwd.run.random_state import random_numbers_untouched
+from yolo_cwd.run.results import read_rows
 from yolo_cwd.run.score import score
 from yolo_cwd.run.teacher_stage import as_checkpoint
 from yolo_cwd.tasks import Score, Task
-from yolo_cwd.view.report import read_rows
 
-OTHER_NAMES = "its classes are not those of the data"
+OTHER_NAMES = "its classes are not those of the data, in their order"
 
 
 def find(trainer: Any) -> None:
     """Score the teacher of a run that begins, or say why it has no score; not without validation."""
-    if trainer.start_epoch or not trainer.args.val or not trainer.cwd.cwd:
+    if trainer.start_epoch or not trainer.args.val or not trainer.settings.cwd:
         return
     try:
-        with _unnoticed(), _alone(), tempfile.TemporaryDirectory() as folder:
+        with random_numbers_untouched(), _alone(), tempfile.TemporaryDirectory() as folder:
             trainer.state.score, why_not = _score(trainer, Path(folder))
     except Exception as error:  # without a score, a training is as good
         why_not = f"{type(error).__name__}: {error}"
     if trainer.args.verbose:
-        known = trainer.state.score is not None
-        said = _points(trainer.state.score, trainer.task.score) if known else f"has no score here: {why_not}"
-        _say(f"the teacher {'scores ' if known else ''}{said}{' on the validation images' if known else ''}")
+        sentence = f"the teacher has no score here: {why_not}"
+        if trainer.state.score is not None:
+            sentence = f"the teacher scores {_points(trainer.state.score, trainer.task.score)} on the validation images"
+        trainer.add_callback("on_train_start", lambda _: _say(sentence))  # after what is distilled
 
 
 def watch(trainer: Any) -> None:
@@ -81,7 +80,7 @@ def _points(value: float, measure: Score) -> str:
 
 def _score(trainer: Any, folder: Path) -> tuple[float | None, str]:
     """Return the teacher's score, or None and the reason."""
-    source = trainer.cwd.teacher
+    source = trainer.settings.teacher
     if isinstance(source, str | Path):
         if Path(source).suffix in {".yaml", ".yml"}:
             return None, "it is not trained"
@@ -101,18 +100,6 @@ def _mismatch(model: Any, task: Task, names: dict[int, str]) -> str:
     if model.task != task.name:
         return f"it is a model for task={model.task}"
     return OTHER_NAMES if task.name != "depth" and model.names != names else ""
-
-
-@contextmanager
-def _unnoticed() -> Iterator[None]:
-    """Leave random numbers as they are."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
 
 @contextmanager

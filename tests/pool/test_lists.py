@@ -1,0 +1,38 @@
+"""Lists of labeled images: what is in them, and that they are made again if deleted."""
+
+from pathlib import Path
+
+import pytest
+from labeling import label
+
+from yolo_cwd.pool.lists import share
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def test_data_that_were_downloaded_in_part_are_used_whole() -> None:
+    images = [Path(f"{i}.jpg") for i in range(6)]
+    assert share(images, 0.5, {}) == images[:3]
+    assert share(images, 0.5, {"complete": True}) == images
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".yaml", ".json"])
+def test_a_list_that_was_deleted_is_made_again(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, suffix: str
+) -> None:
+    pool = label(teachers["detect"], str(pictures), sets["detect"])
+    content = {file: file.read_bytes() for file in (pool.folder / "lists").iterdir()}
+    pool.data.with_suffix(suffix).unlink()
+    assert label(teachers["detect"], str(pictures), sets["detect"]) == pool
+    assert {file: file.read_bytes() for file in (pool.folder / "lists").iterdir()} == content
+
+
+def test_lines_of_a_list_that_are_gone_are_counted_no_more(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path
+) -> None:
+    """A list that names the same images, and fewer that are not there, is another list."""
+    listed, images = tmp_path / "list.txt", sorted(pictures.rglob("*.jpg"))[:2]
+    listed.write_text("\n".join([*map(str, images), "/absent.jpg"]))
+    assert label(teachers["detect"], str(listed), sets["detect"]).summary.left_out == "1 unreadable"
+    listed.write_text("\n".join(map(str, images)))
+    assert label(teachers["detect"], str(listed), sets["detect"]).summary.left_out == ""

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Guards a training against a teacher that teaches nothing: the first batches decide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ultralytics.utils import LOGGER, colorstr
+
+from yolo_cwd.config import ConfigError, listed
+from yolo_cwd.method.loss import CWDLoss
+
+GUARDED_BATCHES = 3  # after as many, a training that is not taught stops
+
+
+class DistillationGuard:
+    """Watches the first batches that are distilled, and the terms of every epoch that cannot be used."""
+
+    def __init__(self, criterion: CWDLoss, teacher: str) -> None:
+        """Begin to watch.
+
+        Args:
+            criterion: The student's criterion.
+            teacher: The teacher's argument, for messages.
+        """
+        self._criterion, self._teacher = criterion, teacher
+        self._batches = 0
+        self._skipped = 0  # terms, in complete epochs
+
+    def require(self, trainer: Any) -> None:
+        """Stop a training that is not taught, after a few batches.
+
+        Raises:
+            ConfigError: If no divergence was computed, reached the student, or was finite and above 0 with a weight.
+        """
+        criterion, teacher = self._criterion, self._teacher
+        self._batches += bool(criterion.weight)
+        if not criterion.weight or self._batches != GUARDED_BATCHES:
+            return
+        if not criterion.batches_distilled:
+            raise ConfigError(
+                f"{teacher}: teaches nothing, its loss was never computed; a callback or a subclass replaces the "
+                "student's criterion, its loss() or preprocess_batch(): let it call ours"
+            )
+        if not criterion.has_gradient:
+            raise ConfigError(f"freeze={trainer.args.freeze}: {teacher} cannot reach the student; freeze fewer layers")
+        if unmeasured := criterion.unmeasured:
+            LOGGER.warning(
+                f"{colorstr('CWD:')} {listed(unmeasured)}: nothing is taught so far, no gradient arrives there"
+            )
+        skipped = self._skipped + int(criterion.skipped_terms)
+        if skipped == criterion.batches_distilled * len(criterion.terms):
+            raise ConfigError(f"{teacher}: teaches nothing, since no divergence so far is finite; give amp=False")
+        if not skipped and not any(criterion.columns["nats"].values()):
+            tau = f"tau={trainer.settings.tau:g}"
+            raise ConfigError(f"{tau}: {teacher} teaches nothing, every divergence is 0; use tau=1")
+
+    def report_skipped_terms(self, trainer: Any) -> None:
+        """Warn of terms that were not finite in this epoch."""
+        if skipped := int(self._criterion.skipped_terms):
+            LOGGER.warning(f"{colorstr('CWD:')} {skipped} terms of this epoch were not finite and have been left out")
+            self._criterion.skipped_terms = 0
+            self._skipped += skipped

@@ -384,12 +384,6 @@ def _number(name: str, value: Any, zero: bool = True, most: float = math.inf, or
     return float(value)
 
 
-def _count(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name}={value}: must be a whole number of at least 1, such as {name}={_example(name)}")
-    return value
-
-
 def _epochs(name: str, value: Any) -> int | None:
     if value is None or value == AUTO:
         return None

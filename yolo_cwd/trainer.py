@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -170,10 +169,8 @@ class CWDTrainer(DetectionTrainer):
         if self.ddp:
             for name, value in self.given_options.items():
                 setattr(self.args, name, value)
-        try:
+        with distributed.failed_children(self.args.device):
             super().train()
-        except CalledProcessError as error:
-            raise ChildProcessError(f"device={self.args.device}: a process ended with {error.returncode}") from error
         torchrun.leave()
 
     def run_callbacks(self, event: str) -> None:

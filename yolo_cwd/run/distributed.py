@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -88,3 +89,19 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def lost_peer(error: BaseException) -> bool:
     """Return whether an error of a collective operation means that another process has ended or is silent."""
     return dist.is_initialized() and isinstance(error, RuntimeError) and any(s in str(error).lower() for s in LOST)
+
+
+@contextmanager
+def failed_children(device: Any) -> Iterator[None]:
+    """Say which device it is about where one of the processes that Ultralytics starts fails.
+
+    Args:
+        device: The argument `device`.
+
+    Raises:
+        ChildProcessError: In that case.
+    """
+    try:
+        yield
+    except CalledProcessError as error:
+        raise ChildProcessError(f"device={device}: a process ended with {error.returncode}") from error

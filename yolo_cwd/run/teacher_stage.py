@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from ultralytics.utils.torch_utils import init_seeds
 
 from yolo_cwd.config import ConfigError, Settings, listed
 from yolo_cwd.run import teacher_record
-from yolo_cwd.run.distributed import broadcast_object
+from yolo_cwd.run.distributed import broadcast_object, failed_children
 from yolo_cwd.run.files import (
     atomic_checkpoints,
     atomic_path,
@@ -47,6 +46,7 @@ AS_IT_IS = (
     "does not know {lacks}; it teaches as it is, with {share}. With a share of 1 such teachers have cost 4 to 5 points "
     "of mAP50-95 (measured on three data sets); one that is trained on the data teaches more"
 )
+USED = "the teacher in {folder} has been trained so, and is used; delete that folder to train it again"
 WITHOUT_EFFECT = "teacher_epochs={epochs} has no effect: {argument} knows the data, and teaches as it is"
 STUDENTS_OWN = {  # arguments of the run that are not for its teacher
     *("model", "pretrained", "freeze", "distill_model", "quantize", "resume", "name", "exist_ok", "epochs", "task"),
@@ -90,10 +90,8 @@ class TeacherTrainer(DetectionTrainer):
             ChildProcessError: If one of the processes that Ultralytics starts fails.
         """
         self.resume = self.resume or self.ddp  # a launch would first remove the folder, with the record in it
-        try:
+        with failed_children(self.args.device):
             super().train()
-        except CalledProcessError as error:
-            raise ChildProcessError(f"device={self.args.device}: a process ended with {error.returncode}") from error
 
     def save_model(self) -> Any:
         """Write the checkpoints."""
@@ -214,7 +212,7 @@ class TeacherStage:
         key = teacher_record.key_of(self.teacher, self.data, self.arguments(args))
         ours = teacher_record.read(self.folder)
         if ours and ours.complete and (ours.key == key or self.goes_on) and ours.weights.is_file():
-            _say(f"the teacher in {self.folder} has been trained so, and is used; delete that folder to train it again")
+            _say(USED.format(folder=self.folder))
             return True, None
         goes_on = ours is not None and not ours.complete and (ours.key == key or self.goes_on) and ours.last.is_file()
         record = Record(self.folder, key, False, self.argument, {}, {})
@@ -228,9 +226,7 @@ class TeacherStage:
         shutil.rmtree(self.folder, ignore_errors=True)
         if other := self._elsewhere(key):
             _copy(other, record)
-            _say(
-                f"the teacher in {other.folder} has been trained so, and is used; delete that folder to train it again"
-            )
+            _say(USED.format(folder=other.folder))
             return True, None
         record.write()
         if not isinstance(self.teacher, str | Path):

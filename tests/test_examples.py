@@ -1,5 +1,6 @@
-"""The examples for clusters and for Ray Tune."""
+"""The examples for clusters, for Ray Tune and for pruning."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import SHORT
 from ultralytics import YOLO
@@ -43,6 +45,10 @@ def test_slurm() -> None:
     assert {"nodes=2", "ntasks-per-node=1", "gpus-per-node=8", "requeue"} <= set(re.findall(r"#SBATCH --(\S+)", text))
 
 
+def count_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
 def test_kubernetes() -> None:
     job = yaml.safe_load((EXAMPLES / "kubernetes.yaml").read_text(encoding="utf-8"))
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
@@ -69,3 +75,29 @@ def test_ray_tune(data: str, tmp_path: Path) -> None:
     assert re.match(r"share=\S+ tau=\S+ lr0=\S+: mAP50-95 ", result.stdout.splitlines()[-1])
     shares = [yaml.safe_load(file.read_text())["share"] for file in tmp_path.glob("tune_*/cwd.yaml")]
     assert len(set(shares)) == 2
+
+
+def test_prune(tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning", reason="torch-pruning is not installed: pip install torch-pruning")
+    YOLO("yolov8n.yaml").save(tmp_path / "best.pt")
+    command = [sys.executable, EXAMPLES / "prune.py", tmp_path / "best.pt", tmp_path / "pruned.pt", "0.5"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert 35 <= int(re.search(r"pruned\.pt: (\d+)% of the FLOPs", result.stdout)[1]) <= 50
+    whole, pruned = (YOLO(tmp_path / name).model.float() for name in ("best.pt", "pruned.pt"))
+    assert {type(m) for m in pruned.modules()} == {type(m) for m in whole.modules()}
+    assert count_parameters(pruned) < 0.6 * count_parameters(whole)
+    assert pruned.eval()(torch.rand(1, 3, 64, 64))[0].shape == whole.eval()(torch.rand(1, 3, 64, 64))[0].shape
+
+
+def test_what_the_pruning_splits_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch_pruning", reason="torch-pruning is not installed: pip install torch-pruning")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    prune = importlib.import_module("prune")
+    block, x = YOLO("yolov8n.yaml").model.model[2].eval(), torch.rand(2, 32, 8, 8)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    before = block(x)
+    split = prune.SplitC2f(block).eval()
+    torch.testing.assert_close(split(x), before)
+    torch.testing.assert_close(split.joined().eval()(x), before)

@@ -25,8 +25,8 @@ LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", 
 @contextmanager
 def local_zero_first() -> Iterator[None]:
     """Let the first process of each machine go first: one download, one writer. The others then meet its errors too."""
-    if dist.is_initialized() and LOCAL_RANK > 0:
-        dist.barrier()
+    if LOCAL_RANK > 0:
+        barrier()
     try:
         yield
     finally:
@@ -35,8 +35,17 @@ def local_zero_first() -> Iterator[None]:
 
 def let_others_follow() -> None:
     """As the first process of this machine, release the others from the barrier where they wait."""
-    if dist.is_initialized() and LOCAL_RANK == 0:
-        dist.barrier()
+    if LOCAL_RANK == 0:
+        barrier()
+
+
+def barrier() -> None:
+    """Wait until all processes have come here.
+
+    NCCL waits on a GPU. Unless it is told which, it may take that of another process, and wait forever.
+    """
+    if dist.is_initialized():
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def broadcast_object(value: Any) -> Any:

@@ -27,7 +27,7 @@ from ultralytics.utils.torch_utils import init_seeds
 
 from yolo_cwd.config import ConfigError, Settings, listed
 from yolo_cwd.run import teacher_record
-from yolo_cwd.run.distributed import broadcast_object, failed_children
+from yolo_cwd.run.distributed import barrier, broadcast_object, failed_children
 from yolo_cwd.run.files import (
     atomic_checkpoints,
     atomic_path,
@@ -377,7 +377,7 @@ def _deliver(weights: Path) -> None:
     if LOCAL_RANK == 0 and not weights.is_file():
         weights.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(weights, content)
-    dist.barrier()
+    barrier()
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def join(device: Any) -> str:
 
     Args:
         device: The argument `device`. By default, the GPUs of the machine, one for each of its processes, or the CPU
-            if there are none.
+            if there are none. A process that sees one GPU alone takes that one.
 
     Returns:
         The argument `device` with its default filled in.
@@ -117,21 +117,49 @@ def join(device: Any) -> str:
     chosen: str = parse_device(device)
     if RANK == -1 or chosen.startswith(("npu", "xpu")):  # Ultralytics joins the processes of those itself
         return chosen
+    has = torch.cuda.device_count()  # a scheduler may let each process see its own GPU alone
     if not chosen:
-        chosen = ",".join(map(str, range(WORLD_SIZE_HERE))) if torch.cuda.is_available() else "cpu"
+        chosen = ",".join(map(str, range(1 if has == 1 else WORLD_SIZE_HERE))) if torch.cuda.is_available() else "cpu"
     if chosen != "cpu":
-        gpus, has = chosen.split(","), torch.cuda.device_count()
-        if len(gpus) < WORLD_SIZE_HERE or not all(gpu.isdecimal() and int(gpu) < has for gpu in gpus):
-            raise ConfigError(
-                f"device={chosen}: the {WORLD_SIZE_HERE} processes on this machine need a GPU each, and it has {has}; "
-                f"start fewer processes, or give device=cpu"
-            )
-        torch.cuda.set_device(int(gpus[LOCAL_RANK]))
+        gpus = chosen.split(",")
+        each_its_own = has == len(gpus) == 1
+        enough = len(gpus) >= WORLD_SIZE_HERE or each_its_own
+        if not enough or not all(gpu.isdecimal() and int(gpu) < has for gpu in gpus):
+            raise _too_few(chosen, has)
+        torch.cuda.set_device(int(gpus[0 if each_its_own else LOCAL_RANK]))
     if not dist.is_initialized():
         backend = "nccl" if chosen != "cpu" and dist.is_nccl_available() else "gloo"
         store, _, _ = next(rendezvous("env://", RANK, WORLD_SIZE, timeout=TIMEOUT))
-        dist.init_process_group(backend, store=_unused(store), timeout=TIMEOUT, rank=RANK, world_size=WORLD_SIZE)
+        store = _unused(store)
+        if chosen != "cpu" and not all_different(store, _gpu()):
+            raise _too_few(chosen, has)
+        dist.init_process_group(backend, store=store, timeout=TIMEOUT, rank=RANK, world_size=WORLD_SIZE)
     return chosen
+
+
+def _too_few(device: str, has: int) -> ConfigError:
+    return ConfigError(
+        f"device={device}: the {WORLD_SIZE_HERE} processes on this machine need a GPU each, and it has {has}; "
+        f"start fewer processes, or give device=cpu"
+    )
+
+
+def _gpu() -> str:
+    """Return what tells the GPU of this process from all others; its rank where PyTorch does not say."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return str(getattr(properties, "uuid", RANK))
+
+
+def all_different(store: Any, value: str) -> bool:
+    """Return whether each process has given another value: NCCL would fail later, and less clearly, on a shared GPU.
+
+    Args:
+        store: A store of all processes.
+        value: What this one gives.
+    """
+    store.set(f"value/{RANK}", value)
+    values = [store.get(f"value/{rank}") for rank in range(WORLD_SIZE)]
+    return len(set(values)) == len(values)
 
 
 def _unused(store: Any) -> Any:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from ultralytics.nn.modules import Conv
+from ultralytics.nn.modules import AIFI, Conv
 from ultralytics.nn.tasks import BaseModel
 from ultralytics.utils.torch_utils import fuse_conv_and_bn, unwrap_model
 
@@ -159,6 +159,7 @@ class Teacher(nn.Module):
         """
         self._head = (None,)
         self.to(device)
+        _hold_on(self.body, device)
         if device.type == "cuda":
             self.to(memory_format=torch.channels_last)
 
@@ -234,6 +235,29 @@ class Teacher(nn.Module):
             self.body, self.precision = exact, Precision("fp32")
         del exact
         gc.collect()  # fused layers refer to themselves, so only this frees the copies
+
+
+def _hold_on(body: nn.Module, device: torch.device) -> None:
+    """Keep on a device what is neither parameter nor buffer; every pass would wait for its copy from the host.
+
+    These are plain tensors, such as the texts of YOLO-World, and the positions that RT-DETR's attention makes anew.
+    """
+    for module in body.modules():
+        module.__dict__.update({k: v.to(device) for k, v in vars(module).items() if isinstance(v, Tensor)})
+        if isinstance(module, AIFI):
+            module.build_2d_sincos_position_embedding = _made_once(module.build_2d_sincos_position_embedding, device)
+
+
+def _made_once(make: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """Return a function that keeps on a device what another one makes of its positional arguments."""
+    made: dict[Any, Tensor] = {}
+
+    def kept(*size: Any, **like: Any) -> Tensor:
+        if size not in made:
+            made[size] = make(*size, **like).to(device)
+        return made[size]
+
+    return kept
 
 
 def _converted(body: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -128,6 +128,28 @@ def test_cost_is_that_of_the_training(tmp_path: Path, monkeypatch: pytest.Monkey
     assert weights == pytest.approx(4 * 9.0e6 / 2**20 + adapters, rel=0.05)
 
 
+def test_what_is_compiled_is_what_a_training_compiles(
+    tmp_path: Path, pair: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student with images, and not its loss: that would be traced for minutes, and time something else."""
+    given: list[object] = []
+
+    class Compiled(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = model
+
+        def forward(self, images: object) -> object:
+            given.append(images)
+            return self._orig_mod(images)
+
+    monkeypatch.setattr("ultralytics.engine.trainer.attempt_compile", lambda model, **_: Compiled(model))
+    found = examine({**WORDS, **pair, "compile": True}, tmp_path)
+    assert [tuple(images.shape) for images in given if isinstance(images, torch.Tensor)] == [(4, 3, 64, 64)] * 12
+    assert len(given) == 12  # three turns of two batches, plain and distilled
+    assert found["step_seconds"]["distilled"] > 0
+
+
 def test_a_step_that_does_not_fit_is_bad_input(tmp_path: Path, pair: dict[str, str], monkeypatch) -> None:
     def full(*args: object) -> float:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")

@@ -263,7 +263,11 @@ def _step(trainer: CWDTrainer, raw: dict[str, Any]) -> float:
     begin = time.perf_counter()
     trainer.distillation.past_first_batch()
     with trainer.autocast():
-        loss, _ = trainer.model(trainer.preprocess_batch(dict(raw)))
+        batch = trainer.preprocess_batch(dict(raw))
+        if trainer.args.compile:  # as in Ultralytics' loop: the criterion stays outside of what is compiled
+            loss, _ = unwrap_model(trainer.model).loss(batch, trainer.model(batch["img"]))
+        else:
+            loss, _ = trainer.model(batch)
     trainer.scaler.scale(loss.sum()).backward()
     trainer.optimizer_step()
     wait_for(trainer.device)

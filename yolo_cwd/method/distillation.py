@@ -161,7 +161,7 @@ class Distillation:
         if criterion is None or not criterion.weight:
             return
         if first and ((compiled and self.settings.balanced) or criterion.unmeasured):
-            prepare.measure(criterion, student, self.teacher, batch, scale())
+            prepare.measure(criterion, student, self.teacher, prepare.some_images(batch), scale())
         batch["teacher"] = self.teacher.maps(batch["img"])
 
     def step(self, scale: Tensor) -> None:

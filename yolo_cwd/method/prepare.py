@@ -24,6 +24,8 @@ from yolo_cwd.run.random_state import random_numbers_untouched
 OUT_OF_MEMORY = ("out of memory", "alloc_failed", "cudnn_status_internal_error", "unable to find an engine")
 FITTED = 8  # batches for the regression
 MEASURED = 2  # batches for the first measurement of the gradients
+MOST_IMAGES = 16  # in one of these: more take time before the first step, and change little
+OF_OBJECTS = ("batch_idx", "cls", "bboxes", "keypoints")  # what a batch has by object; by image otherwise
 
 Batches = Callable[[int], Iterator[dict[str, Any]]]
 
@@ -66,10 +68,11 @@ def fit_and_measure(
         student: The student, not compiled.
         teacher: The teacher.
         batches: Yields batches of so many training images, on the device, endlessly.
-        size: Images in a batch; halved until a batch fits into the memory.
+        size: Images in a batch of the training; at most `MOST_IMAGES` are taken, halved until they fit into the memory.
         autocast: Returns the mixed precision of the training's steps, as a context manager.
         scale: The loss scale of the training.
     """
+    size = min(size, MOST_IMAGES)
     while True:
         try:
             with random_numbers_untouched(), autocast():
@@ -131,6 +134,28 @@ def measure(
         while not (squares := _squares(*losses, maps, scale)).isfinite().all() and scale > 1:
             scale = max(1.0, scale / 16)
     criterion.meter.sample(squares, lambda: criterion.weights)
+
+
+def some_images(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return half of a batch, and at most `MOST_IMAGES`, for a measurement that must fit wherever a step does.
+
+    A measurement keeps the whole graph of a student that is not compiled, and that may need more memory than a step.
+
+    Args:
+        batch: Ultralytics' batch, with images [N, 3, H, W] and their labels.
+    """
+    images, index = len(batch["img"]), batch.get("batch_idx")
+    count = min((images + 1) // 2, MOST_IMAGES)
+    masks = batch.get("masks")
+    if masks is not None and index is not None and len(masks) == len(index) == images:
+        return batch  # a mask each for images, or for objects
+
+    def part(name: str, value: Any) -> Any:
+        if index is not None and (name in OF_OBJECTS or (name == "masks" and len(value) != images)):
+            return value[index < count]
+        return value[:count] if isinstance(value, Tensor | list | tuple) and len(value) == images else value
+
+    return {name: part(name, value) for name, value in batch.items()}
 
 
 def _squares(task: Tensor, divergences: Sequence[Tensor], maps: Sequence[Tensor], scale: float) -> Tensor:

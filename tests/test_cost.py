@@ -1,13 +1,16 @@
 """What a step may not do, whatever the clock says."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from conftest import narrow
 from torch import nn
 from ultralytics.nn.modules.head import Detect
 
+from yolo_cwd.method.teacher import TeacherMaps
 from yolo_cwd.trainer import CWDTrainer
 
 
@@ -43,3 +46,42 @@ def test_a_step_runs_one_head_and_no_graph_through_the_teacher(train: Callable[.
     assert len(ours) > 40
     assert sum(len(output) for output in outputs) == sum(steps) * len(ours)  # every image once
     assert not any(output.requires_grad for output in outputs)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["as it is", "a copy, as PyTorch may pass to the student"])
+def test_the_teachers_maps_do_not_outlive_the_step(train: Callable[..., CWDTrainer], copied: bool) -> None:
+    """They would need their memory once more while the next batch is loaded, and in the backward pass until then."""
+    batches: list[dict[str, Any]] = []
+    maps: list[Any] = []
+
+    def begin(trainer: CWDTrainer) -> None:
+        taught, preprocess, student = trainer.distillation.teacher.maps, trainer.preprocess_batch, trainer.model
+
+        def noted(images: torch.Tensor) -> Any:
+            made = taught(images)
+            maps.extend(weakref.ref(m) for m in made.pyramid)
+            return made
+
+        def kept(raw: dict[str, Any]) -> dict[str, Any]:
+            batches.append(preprocess(raw))
+            return batches[-1]
+
+        def container(value: Any) -> Any:
+            return TeacherMaps(list(value.pyramid), value.branches) if isinstance(value, TeacherMaps) else value
+
+        def forward(batch: Any, *more: Any) -> Any:
+            return plain({k: container(v) for k, v in batch.items()} if isinstance(batch, dict) else batch, *more)
+
+        trainer.distillation.teacher.maps, trainer.preprocess_batch = noted, kept
+        plain = student.forward
+        if copied:
+            student.forward = forward
+
+    def end(trainer: CWDTrainer) -> None:
+        alive.append(sum(m() is not None for m in maps))
+
+    alive: list[int] = []
+    train(callbacks={"on_train_start": begin, "on_train_batch_end": end})
+    assert len(batches) == 2
+    assert len(maps) == 6
+    assert alive == [0, 0]

@@ -20,7 +20,7 @@ from yolo_cwd.method.balance import clip_gradients
 from yolo_cwd.method.fpn import HeadTap, Level, match_levels, pyramid_taps, student_features
 from yolo_cwd.method.loss import CWDLoss
 from yolo_cwd.method.memory import DistilledStep
-from yolo_cwd.method.teacher import Teacher
+from yolo_cwd.method.teacher import HandedOver, Teacher
 from yolo_cwd.method.terms import ClassTerm, Term, build_terms
 from yolo_cwd.run import distributed
 
@@ -162,7 +162,7 @@ class Distillation:
             return
         if first and ((compiled and self.settings.balanced) or criterion.unmeasured):
             prepare.measure(criterion, student, self.teacher, prepare.some_images(batch), scale())
-        batch["teacher"] = self.teacher.maps(batch["img"])
+        batch["teacher"] = HandedOver(self.teacher.maps(batch["img"]))
 
     def step(self, scale: Tensor) -> None:
         """Clip the adapters' gradient by its own norm before an optimizer step, and update the measured ratios.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from yolo_cwd.method.balance import GradientMeter
 from yolo_cwd.method.fpn import student_features
 from yolo_cwd.method.parts import Pair, divergences
-from yolo_cwd.method.teacher import TeacherMaps
+from yolo_cwd.method.teacher import HandedOver, TeacherMaps
 from yolo_cwd.method.terms import StudentMaps
 
 LossAndItems = tuple[Tensor, dict[str, Tensor]]
@@ -115,13 +115,15 @@ class CWDLoss:
         Args:
             preds: What the student's head returned. Predictions of the evaluation mode get the task's loss alone.
             batch: Ultralytics' batch; `img` holds images [N, 3, H, W] in 0 to 1, and `teacher` the `TeacherMaps` of
-                them, which are taken out to free them after use. Without them the divergences are 0.
+                them, handed over or not, which are taken out to free them after use. Without them the divergences are
+                0.
         """
         loss, items = self.criterion(preds, batch)
         student = self.student_maps(preds)
         if student is None:
             return loss, items
-        teacher: TeacherMaps | None = batch.pop("teacher", None)
+        given = batch.pop("teacher", None)
+        teacher: TeacherMaps | None = given.take() if isinstance(given, HandedOver) else given
         if teacher is None:
             values = terms = torch.zeros(len(self.terms), device=loss.device)
         else:

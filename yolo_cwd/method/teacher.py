@@ -63,6 +63,22 @@ class TeacherMaps(NamedTuple):
     branches: dict[str, list[Tensor]]
 
 
+class HandedOver:
+    """Maps on their way to the criterion, which takes them once; nobody else then keeps their memory.
+
+    In several processes, PyTorch may give the student a copy of the batch and of the containers in it. Maps in one of
+    those would stay in the original until the next batch. Any other object is passed as it is.
+    """
+
+    def __init__(self, maps: TeacherMaps) -> None:
+        """Hold maps until they are taken."""
+        self._maps = [maps]
+
+    def take(self) -> TeacherMaps:
+        """Return the maps, and hold them no longer."""
+        return self._maps.pop()
+
+
 class Teacher(nn.Module):
     """A frozen network without its head: images in, feature pyramid out.
 

@@ -125,6 +125,27 @@ def test_two_at_once_label_each_image_once(
     assert len(asked) == len(set(asked)) == 7
 
 
+def test_results_do_not_wait_on_the_gpu(
+    teachers: dict[str, str], sets: dict[str, str], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dozens of them wait to be written, and hundreds of masks each would fill it."""
+
+    class OnGpu:
+        """A result that can only be moved."""
+
+        def __init__(self, result: Any) -> None:
+            self.cpu = lambda: result
+
+    written: list[type] = []
+    predict, write = store.predictions, store._put
+    on_gpu = lambda *words: ((source, OnGpu(result)) for source, result in predict(*words))  # noqa: E731
+    monkeypatch.setattr(store, "predictions", on_gpu)
+    monkeypatch.setattr(store, "_put", lambda *words: (written.append(type(words[1])), write(*words)))
+    label(teachers["detect"], str(pictures), sets["detect"])
+    assert len(written) == 7
+    assert OnGpu not in written
+
+
 def test_an_image_that_ultralytics_would_repair_is_copied(
     teachers: dict[str, str], sets: dict[str, str], pictures: Path, tmp_path: Path
 ) -> None:

@@ -198,7 +198,8 @@ def python_blocks() -> list[Any]:
 def test_python_runs(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Short(CWDTrainer):
         def __init__(self, cfg: Any = DEFAULT_CFG_DICT, overrides: Any = None, _callbacks: Any = None) -> None:
-            super().__init__(cfg, {**overrides, **TINY, "project": str(folder / "python")}, _callbacks)
+            short = {**TINY, "teacher_epochs": 1} if "teacher_epochs" in overrides else TINY
+            super().__init__(cfg, {**overrides, **short, "project": str(folder / "python")}, _callbacks)
 
     monkeypatch.chdir(folder)
     monkeypatch.setattr("yolo_cwd.trainer.CWDTrainer", Short)
@@ -264,8 +265,15 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_pages_are_plain_markdown_in_one_spelling(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     by_hand = re.sub(r"<!-- generated: (\w+) -->.*?<!-- end of \1 -->", "", text, flags=re.DOTALL)
-    assert not re.search(r"--8<--|^::: |\{#", text, flags=re.MULTILINE)  # marks that a forge shows as they are
+    marks = r"--8<--|^::: |\{#|^[!?]{3}|^===|^---$|\{\{|\[TOC\]"  # which a forge shows as they are
+    assert not re.search(marks, text, flags=re.MULTILINE)
     assert re.findall(BRITISH, by_hand, flags=re.IGNORECASE) == []
+
+
+def test_readme_is_short_and_one_edit_gives_it_an_address() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
+    placeholders = [page.name for page in PAGES for _ in re.findall("OWNER", page.read_text(encoding="utf-8"))]
+    assert placeholders in ([], ["README.md"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,0 +1,89 @@
+"""The tables of docs/evidence.md are those of its raw files, and README shows nothing that they do not."""
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from yolo_cwd.study.summary import paired_interval
+
+ROOT = Path(__file__).parent.parent
+EVIDENCE = ROOT / "docs" / "evidence.md"
+ARMS = {"plain": "plain", "built-in": "builtin", "yolo_cwd": "cwd", "and `unlabeled=`": "pool"}
+Row = dict[str, str]  # cells by the heading of their column, without bold marks
+Scores = dict[str, dict[int, float]]  # in points, by arm and seed
+
+
+def tables(page: Path) -> Iterator[list[Row]]:
+    for table in re.findall(r"(?:^\|.*\n)+", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        heads, _, *rows = ([cell.strip().strip("*") for cell in line[1:-1].split("|")] for line in table.splitlines())
+        yield [dict(zip(heads, row, strict=True)) for row in rows]
+
+
+def raw(name: str, data: str = "") -> Scores:
+    """Read a raw file: the first score of each run, in a file of several data sets those of one."""
+    scores: Scores = {}
+    with (EVIDENCE.parent / "evidence" / f"{name}.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row.pop("set", "") == data:
+                arm, seed, score, *_ = row.values()
+                scores.setdefault(arm, {})[int(seed)] = 100 * float(score)
+    return scores
+
+
+def gain(scores: Scores, arm: str, over: str, seeds: list[int]) -> str:
+    differences = [scores[arm][seed] - scores[over][seed] for seed in seeds]
+    low, high = paired_interval(differences) or (0, 0)
+    return f"{fmean(differences):+.1f} ({low:.1f} to {high:.1f})"
+
+
+MEASURED = [row for table in tables(EVIDENCE) for row in table if "](evidence/" in row.get("", "") and "plain" in row]
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: row[""].split(" ([raw]")[0])
+def test_rows_are_those_of_their_raw_file(row: Row) -> None:
+    scores = raw(re.findall(r"evidence/([\w-]+)\.csv", row[""])[0])
+    shown = {head: arm for head, arm in ARMS.items() if row.get(head)}
+    seeds = sorted(set.intersection(*(set(scores[arm]) for arm in shown.values())))
+    if named := re.search(r"seeds (\d+) to (\d+)", row[""]):
+        seeds = list(range(int(named[1]), int(named[2]) + 1))
+    assert row["seeds"] == str(len(seeds))
+    means = {arm: fmean(scores[arm][seed] for seed in seeds) for arm in shown.values()}
+    assert {head: row[head] for head in shown} == {head: f"{means[arm]:.1f}" for head, arm in shown.items()}
+    best = "pool" if "pool" in means else "cwd"
+    assert row.get("gain over plain", row.get("gain")) == gain(scores, best, "plain", seeds)
+    if "gain over yolo_cwd" in row:
+        assert row["gain over yolo_cwd"] == gain(scores, best, "cwd", seeds)
+    if "of the lead" in row:
+        lead = float(row["teacher"]) - means["plain"]
+        assert row["of the lead"] == f"{(means['cwd'] - means['plain']) / lead:.0%}"
+
+
+def test_the_first_command_is_that_of_its_raw_file() -> None:
+    (table,) = (rows for rows in tables(EVIDENCE) if "nuclei" in rows[0])
+    for head, data in zip(list(table[0])[1:], ("bccd", "nuclei", "parking"), strict=True):
+        scores, arm = raw("first-command", data), ""
+        for row in table:
+            if row[""] == "over plain":
+                assert row[head] == gain(scores, arm, "plain", sorted(scores[arm].keys() & scores["plain"].keys()))
+                continue
+            named = re.search(r"\(`([\w-]+)`", row[""])
+            arm = named[1] if named else "plain"
+            assert row[head].partition(" (")[0] == ", ".join(f"{score:.1f}" for score in scores[arm].values())
+
+
+def claim(row: Row) -> tuple[str, ...]:
+    """Return seeds, teacher, plain, the best that yolo_cwd reached, and its gain."""
+    best = row.get("and `unlabeled=`", row["yolo_cwd"])
+    return row["seeds"], row["teacher"], row["plain"], best, row.get("gain") or row["gain over plain"]
+
+
+def test_readme_shows_only_what_is_measured() -> None:
+    measured = {claim(row) for row in MEASURED}
+    (table,) = (rows for rows in tables(ROOT / "README.md") if "gain" in rows[0])
+    shown = [row for row in table if row["seeds"]]  # others are headings
+    assert len(shown) >= 10
+    assert [row for row in shown if claim(row) not in measured] == []

@@ -286,9 +286,13 @@ def test_arguments_and_files_in_the_text_exist(page: Path) -> None:
     assert [file for file in files if not ((ROOT / file).exists() or (ROOT / "yolo_cwd" / file).exists())] == []
 
 
-def test_the_site_lists_every_page() -> None:
-    listed = re.findall(r"\b(\w[\w-]*\.md)\b", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+@pytest.mark.parametrize("place", ["mkdocs.yml", "docs/index.md"])
+def test_the_site_lists_every_page_in_its_group(place: str) -> None:
+    text = (ROOT / place).read_text(encoding="utf-8")
+    listed = {"index.md", *re.findall(r"\b(\w[\w-]*\.md)\b", text)}
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}
+    groups = ["Start", "Guides", "Reference", "Background"]
+    assert re.findall("|".join(rf"(?<=[-|] ){group}(?=:| \|)" for group in groups), text) == groups
 
 
 def test_the_site_builds_strictly(tmp_path: Path) -> None:

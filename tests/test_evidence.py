@@ -62,6 +62,11 @@ def test_rows_are_those_of_their_raw_file(row: Row) -> None:
         assert row["of the lead"] == f"{(means['cwd'] - means['plain']) / lead:.0%}"
 
 
+def arm_of(row: Row) -> str:
+    named = re.search(r"\(`([\w-]+)`", row.get("") or row["arm"])
+    return named[1] if named else "plain"
+
+
 def test_the_first_command_is_that_of_its_raw_file() -> None:
     (table,) = (rows for rows in tables(EVIDENCE) if "nuclei" in rows[0])
     for head, data in zip(list(table[0])[1:], ("bccd", "nuclei", "parking"), strict=True):
@@ -70,9 +75,27 @@ def test_the_first_command_is_that_of_its_raw_file() -> None:
             if row[""] == "over plain":
                 assert row[head] == gain(scores, arm, "plain", sorted(scores[arm].keys() & scores["plain"].keys()))
                 continue
-            named = re.search(r"\(`([\w-]+)`", row[""])
-            arm = named[1] if named else "plain"
+            arm = arm_of(row)
             assert row[head].partition(" (")[0] == ", ".join(f"{score:.1f}" for score in scores[arm].values())
+
+
+def test_the_choice_of_the_defaults_is_that_of_its_raw_file() -> None:
+    (table,) = (rows for rows in tables(EVIDENCE) if "by seed" in rows[0])
+    scores = raw("pretrained-bccd-tuning")
+    for row in table:
+        gains = [scores[arm_of(row)][seed] - scores["plain"][seed] for seed in (0, 1, 2)]
+        assert row["mean gain"] == f"{fmean(gains):+.1f}"
+        assert row["by seed"] == ", ".join(f"{points:+.1f}" for points in gains)
+
+
+def test_new_classes_are_those_of_their_raw_file() -> None:
+    (table,) = (rows for rows in tables(EVIDENCE) if "platelets (new)" in rows[0])
+    scores = raw("new-classes-bccd")
+    for row, arm in zip(table, ("plain", "cwd", "labels", "both"), strict=False):
+        assert row["mean"] == f"{fmean(scores[arm].values()):.1f}"
+    for row in table:
+        classes = [float(row[name]) for name in ("platelets (new)", "red cells", "white cells")]
+        assert fmean(classes) == pytest.approx(float(row["mean"]), abs=0.1)
 
 
 def claim(row: Row) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from yolo_cwd.config import (
     check_names,
     level_name,
     split_options,
+    unusable_data,
     unusable_model,
     with_suffix,
 )
@@ -169,6 +170,13 @@ def test_a_model_object_as_student_is_told_its_own_way() -> None:
 def test_a_key_that_a_model_file_lacks_is_said_in_words(key: str) -> None:
     error = unusable_model("student=x.yaml", KeyError(key), "give an existing .yaml model")
     assert str(error) == f"student=x.yaml: '{key}' is missing in it, or unknown; give an existing .yaml model"
+
+
+def test_a_sentence_of_ultralytics_is_left_alone() -> None:
+    error = KeyError("No `kpt_shape` in the a.yaml. See https://docs.ultralytics.com/datasets/pose")
+    assert str(unusable_data("a.yaml", error)) == (
+        "data=a.yaml: No `kpt_shape` in the a.yaml; correct the data set, see https://docs.ultralytics.com/datasets"
+    )
 
 
 def test_a_missing_package_is_named_as_pip_knows_it() -> None:

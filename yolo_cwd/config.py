@@ -102,7 +102,7 @@ def _plain_lines(error: BaseException) -> list[str]:
         if mark := getattr(cause, "problem_mark", None):
             return [f"line {mark.line + 1} is not YAML: {getattr(cause, 'problem', None) or 'it cannot be read'}"]
         cause = cause.__cause__ or cause.__context__
-    text = f"{error} is missing in it, or unknown" if isinstance(error, KeyError) else str(error)
+    text = _of_key(error) if isinstance(error, KeyError) else str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
@@ -111,6 +111,12 @@ def _plain_lines(error: BaseException) -> list[str]:
     text = re.sub(r"(?:See|Verify|Request|Install|Supported)[^.\n]*https?://\S+[^\n]*", "", text)
     text = re.sub(r"^(train|val|test): ", "", text)
     return [" ".join(line.replace(" .", ".").split()) for line in text.splitlines() if line.strip()]
+
+
+def _of_key(error: KeyError) -> str:
+    """Return what a key error says: the key alone, or a whole sentence, which str() would put into quotes."""
+    what = str(error.args[0]) if error.args else ""
+    return what if " " in what else f"{error} is missing in it, or unknown"
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,6 +12,8 @@ from yolo_cwd.method.loss import CWDLoss
 
 GUARDED_BATCHES = 3  # after as many, a training that is not taught stops
 
+UNREACHED = "cannot reach the student so far, whose layers are frozen, and teaches nothing until a callback thaws them"
+
 
 class DistillationGuard:
     """Watches the first batches that are distilled, and the terms of every epoch that cannot be used."""
@@ -25,6 +27,7 @@ class DistillationGuard:
         """
         self._criterion, self._teacher = criterion, teacher
         self._batches = 0
+        self._judged = False
         self._skipped = 0  # terms, in complete epochs
 
     def require(self, trainer: Any) -> None:
@@ -35,14 +38,20 @@ class DistillationGuard:
         """
         criterion, teacher = self._criterion, self._teacher
         self._batches += bool(criterion.weight)
-        if not criterion.weight or self._batches != GUARDED_BATCHES:
+        if not criterion.weight or self._judged or self._batches < GUARDED_BATCHES:
             return
+        if not trainer.loss.isfinite():  # Ultralytics recovers from that; the next finite one tells
+            return
+        self._judged = True
         if not criterion.batches_distilled:
             raise ConfigError(
                 f"{teacher}: teaches nothing, its loss was never computed; a callback or a subclass replaces the "
                 "student's criterion, its loss() or preprocess_batch(): let it call ours"
             )
         if not criterion.has_gradient:
+            if _may_thaw(trainer):
+                LOGGER.warning(f"{colorstr('CWD:')} {teacher} {UNREACHED}")
+                return
             raise ConfigError(f"freeze={trainer.args.freeze}: {teacher} cannot reach the student; freeze fewer layers")
         if unmeasured := criterion.unmeasured:
             LOGGER.warning(
@@ -61,3 +70,10 @@ class DistillationGuard:
             LOGGER.warning(f"{colorstr('CWD:')} {skipped} terms of this epoch were not finite and have been left out")
             self._criterion.skipped_terms = 0
             self._skipped += skipped
+
+
+def _may_thaw(trainer: Any) -> bool:
+    """Return whether somebody else's code takes part in a training: it may thaw frozen layers later."""
+    classes = [cls for cls in type(trainer).__mro__ if cls is not object]
+    callbacks = [callback for of_event in trainer.callbacks.values() for callback in of_event]
+    return not all(getattr(x, "__module__", "").startswith(("yolo_cwd", "ultralytics")) for x in classes + callbacks)

@@ -252,6 +252,7 @@ class CWDTrainer(DetectionTrainer):
         assert self.distillation.criterion is not None
         guard = DistillationGuard(self.distillation.criterion, self.distillation.teacher.argument)
         self.add_callback("on_train_batch_end", guard.require)
+        self.add_callback("on_train_epoch_end", CWDTrainer._end_epoch)
         self.add_callback("on_train_epoch_end", guard.report_skipped_terms)
 
     def _prepare(self) -> None:
@@ -291,6 +292,9 @@ class CWDTrainer(DetectionTrainer):
     def _begin_epoch(self) -> None:
         self.distillation.begin_epoch(self.epoch, self.epochs)
 
+    def _end_epoch(self) -> None:
+        self.distillation.end_epoch(self._scale())
+
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Prepare a batch as Ultralytics does, and let the teacher see it."""
         batch = super().preprocess_batch(batch)
@@ -299,8 +303,13 @@ class CWDTrainer(DetectionTrainer):
 
     def optimizer_step(self) -> None:
         """Let the distillation prepare the adapters' gradients, then step as Ultralytics does."""
-        self.distillation.step(self.scaler.scale(torch.ones((), device=self.device)))  # `.item()` would synchronize
+        self.distillation.step(self._scale())
         super().optimizer_step()
+
+    def _scale(self) -> torch.Tensor:
+        """Return the loss scale on the device; `.item()` would synchronize."""
+        scale: torch.Tensor = self.scaler.scale(torch.ones((), device=self.device))
+        return scale
 
     # Results, checkpoints, resuming
 

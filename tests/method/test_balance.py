@@ -1,10 +1,13 @@
 """Shares of the gradient: what is measured, and the weights that follow."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from test_trainer import rows
 
+from yolo_cwd import CWDTrainer
 from yolo_cwd.method.balance import GradientMeter, clip_gradients
 
 
@@ -63,6 +66,31 @@ def test_a_step_that_tells_nothing_changes_nothing(task: float, ours: float, wei
     meter.note(0, torch.tensor([task]), torch.tensor([ours]))
     meter.step(torch.tensor([weight]))
     assert meter.ratios.item() == pytest.approx(3.0)
+
+
+def test_an_epoch_counts_what_was_measured_in_it_whenever_the_optimizer_steps() -> None:
+    """One batch an epoch, a step after the second, and another weight and loss scale in each."""
+    meter, shares = GradientMeter(["P3"]), []
+    for weight, scale in ((0.5, 1024.0), (0.25, 512.0)):
+        meter.begin_epoch()
+        meter.note(0, scale * torch.tensor([3.0, 4.0]), scale * weight * torch.tensor([2.0]))
+        meter.count(torch.tensor([weight]), scale)
+        shares.append(meter.shares["P3"])
+    assert shares == pytest.approx([0.5 * 2 / 5, 0.25 * 2 / 5])
+    assert meter.ratios.isnan().all(), "known with the step"
+    meter.step(torch.tensor([0.25]), 512.0)
+    assert meter.shares["P3"] == pytest.approx(0.25 * 2 / 5), "counted once"
+    assert meter.ratios.item() == pytest.approx(5 / 2)
+
+
+def test_epochs_without_a_step_have_their_share(train: Callable[..., CWDTrainer]) -> None:
+    """Two batches an epoch, and a step after every eight."""
+    options = {"cwd": "balanced", "class_share": 0.0, "adapter": "fitted", "schedule": "constant"}
+    table = rows(train(epochs=4, nbs=32, lr0=1e-7, **options))
+    for level in ("P3", "P4", "P5"):
+        first, *others = (row[f"train/{level}_share"] for row in table)
+        assert first > 0
+        assert all(first / 3 < share < 3 * first for share in others), level
 
 
 def test_the_loss_scale_does_not_matter() -> None:

@@ -35,7 +35,8 @@ class GradientMeter:
         """Start with nothing known."""
         self.names = list(names)
         self.means = torch.zeros(len(self.names), 2, device=device)
-        self._step = torch.zeros_like(self.means)  # squared norms of the gradients: the task's, and ours as weighted
+        self._seen = torch.zeros_like(self.means)  # squared norms of the gradients: the task's, and ours as weighted
+        self._due = torch.zeros_like(self.means)  # for the next step, of weight 1, in all processes together
         self._epoch = torch.zeros_like(self.means)
 
     @property
@@ -67,7 +68,7 @@ class GradientMeter:
     def note(self, i: int, task: Tensor, ours: Tensor) -> None:
         """Record the gradients that the task's loss and a weighted divergence send to the same maps."""
         with torch.no_grad():
-            self._step[i] += squared_norms(task, ours)
+            self._seen[i] += squared_norms(task, ours)
 
     def step(self, weights: Tensor, scale: Tensor | float = 1.0) -> None:
         """Update the means from what was recorded since the last optimizer step, in all processes together.
@@ -76,10 +77,22 @@ class GradientMeter:
             weights: The weights [K] that the divergences had in that time.
             scale: The loss scale that the gradients carry.
         """
-        squares = distributed.all_reduce_sum(self._step) / scale**2
-        self._step.zero_()
+        self.count(weights, scale)
+        self._move(self._due)
+        self._due.zero_()
+
+    def count(self, weights: Tensor, scale: Tensor | float = 1.0) -> None:
+        """Count what was recorded so far among this epoch's; the optimizer may step only in a later one.
+
+        Args:
+            weights: The weights [K] that the divergences had in that time.
+            scale: The loss scale that the gradients carry.
+        """
+        squares = distributed.all_reduce_sum(self._seen) / scale**2
+        self._seen.zero_()
         self._epoch += torch.where(_usable(squares), squares, 0)
-        self._move(torch.stack([squares[:, 0], squares[:, 1] / weights.square()], 1))
+        of_weight_1 = torch.stack([squares[:, 0], squares[:, 1] / weights.square()], 1)
+        self._due += torch.where((squares == 0).all(1, keepdim=True), 0, of_weight_1)
 
     def sample(self, squares: Tensor, weights: Callable[[], Tensor]) -> None:
         """Update the means from gradients that were taken outside a step, which may be due with some batches recorded.

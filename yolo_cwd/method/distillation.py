@@ -178,6 +178,15 @@ class Distillation:
             distributed.average_gradients(parameters)
             clip_gradients(parameters, STUDENT_CLIP_NORM * scale)
 
+    def end_epoch(self, scale: Tensor) -> None:
+        """Count what was measured since the last optimizer step among the epoch that ends.
+
+        Args:
+            scale: The loss scale that the gradients carry.
+        """
+        if self.criterion is not None and self.is_on:
+            self.criterion.meter.count(self.criterion.weights, scale)
+
     def join_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the adapters to Ultralytics' optimizer as the last group, so that warm-up and schedule apply to them."""
         if parameters := list(self.terms.parameters()):

@@ -250,13 +250,18 @@ def train(words: list[str]) -> None:
 
 
 def _resume(trainer: Any) -> str:
-    """Return how to resume a training, or nothing if it has no complete epoch."""
+    """Return how to resume a training, or what is left of one without epochs to train; nothing if it has none yet."""
     from yolo_cwd.run.state import FILE
 
     if trainer is None:
         return ""
+    if trainer.finished:
+        weights = trainer.best if trainer.best.exists() else trainer.last
+        score = f"'yolo val model={weights} data={trainer.args.data}'"
+        return f"all epochs are trained, the last pictures are missing, and {score} makes up for the last validation"
     last = trainer.last if trainer.last.exists() and (trainer.wdir / FILE).exists() else None
-    last = last or (trainer.stage and trainer.stage.can_go_on())
+    elsewhere = trainer.ddp and trainer.last.exists()  # the processes that Ultralytics starts have finished the run
+    last = last or (not elsewhere and trainer.stage and trainer.stage.can_go_on())
     return f"'yolo_cwd train resume model={last}' continues it" if last else ""
 
 

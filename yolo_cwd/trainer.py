@@ -40,8 +40,9 @@ from yolo_cwd.method.student import is_pruned, keep_pruned_shape
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.pool.pool import Labeler, Pool
 from yolo_cwd.run import distributed, request, results, teacher_stage, torchrun
-from yolo_cwd.run.files import atomic_checkpoints, atomic_strip
+from yolo_cwd.run.files import atomic_checkpoints, atomic_strip, content_of
 from yolo_cwd.run.folder import RunFolder
+from yolo_cwd.run.interrupted import require_fit
 from yolo_cwd.run.refusal import require_autocast, unusable_student
 from yolo_cwd.run.state import FILE as STATE_FILE
 from yolo_cwd.run.state import set_aside
@@ -49,6 +50,10 @@ from yolo_cwd.tasks import TASKS, task_of_trainer
 from yolo_cwd.two_stages import train_teacher
 from yolo_cwd.view.attach import attach
 
+ANEW = (
+    "{file} has no adapters for {checkpoint}, which is older, or which plain Ultralytics has written since; "
+    "the student goes on under its teacher, and the adapters begin anew"
+)
 OTHER_TEACHER = "not the network that the run began with, and to which its adapters have been fitted; better begin anew"
 
 
@@ -68,6 +73,7 @@ class CWDTrainer(DetectionTrainer):
         state: What a resumed training needs beside the student's checkpoint.
         folder: What this run has made, to be removed if it cannot begin.
         reshaped: Whether the student keeps the shape of its checkpoint, which its YAML no longer describes.
+        finished: Whether all epochs are trained: what is left is the last validation and the pictures.
 
     Examples:
         >>> YOLO("yolov8n.pt").train(trainer=CWDTrainer, teacher="yolov8l.pt", data="coco8.yaml", epochs=10)
@@ -129,6 +135,7 @@ class CWDTrainer(DetectionTrainer):
         self.distillation = Distillation(self.settings, teacher)
         self.pool: Pool | None = None
         self.reshaped = False
+        self.finished = False
         self.folder = RunFolder()
         if RANK in {-1, 0} and not asked.args.resume:
             arguments["save_dir"] = self.folder.claim(asked.args)
@@ -257,17 +264,12 @@ class CWDTrainer(DetectionTrainer):
 
     def _prepare(self) -> None:
         teacher = self.distillation.teacher
-        self.distillation.prepare(
-            unwrap_model(self.model),
-            self.test_loader.dataset,
-            self._batches,
-            self.batch_size // max(self.world_size, 1),
-            self.autocast,
-            self.scaler.get_scale(),
-            self.state.measured if self.resume else None,
-        )
-        if self.resume and self.distillation.is_on and self.state.teacher not in {"", teacher.content}:
-            LOGGER.warning(f"{colorstr('CWD:')} {teacher.argument}: {OTHER_TEACHER}")
+        self._fit_or_restore()
+        if self.resume and self.distillation.is_on:
+            if not self.state.measured:
+                LOGGER.warning(f"{colorstr('CWD:')} {ANEW.format(checkpoint=self.args.resume, file=STATE_FILE)}")
+            elif self.state.teacher not in {"", teacher.content}:
+                LOGGER.warning(f"{colorstr('CWD:')} {teacher.argument}: {OTHER_TEACHER}")
         begun_with = unwrap_model(self.model).yaml.get("yaml_file") if self.resume else self.args.model
         begun_with = self.state.options.get("student") or str(begun_with)
         strides = [level.stride for level in self.distillation.levels]
@@ -275,6 +277,17 @@ class CWDTrainer(DetectionTrainer):
         self.state.teacher = teacher.content
         if self.distillation.is_on:  # a resumed run keeps the precision, wherever it continues
             self.state.options["teacher_dtype"] = teacher.precision.name
+
+    def _fit_or_restore(self) -> None:
+        self.distillation.prepare(
+            unwrap_model(self.model),
+            self.test_loader.dataset,
+            self._batches,
+            self.batch_size // max(self.world_size, 1),
+            self.autocast,
+            self.scaler.get_scale(),
+            self.state.measured,
+        )
 
     def autocast(self) -> Any:
         """Return the mixed precision that Ultralytics has a trainer's steps run in, as a context manager."""
@@ -324,15 +337,22 @@ class CWDTrainer(DetectionTrainer):
 
     def save_model(self) -> Any:
         """Write the checkpoints, with the optimizer's state of the student alone; ours lies beside them."""
-        terms = self.distillation.terms
-        self.state.remember(self.epoch, terms, self.optimizer, self.distillation.measured())
-        self.wdir.mkdir(parents=True, exist_ok=True)
-        self.state.save(self.wdir)
-        with set_aside(self.optimizer, list(terms.parameters())), atomic_checkpoints(self):
-            return super().save_model()
+        terms, folder = self.distillation.terms, self.wdir
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_checkpoints(self):
+            with set_aside(self.optimizer, list(terms.parameters())):
+                saved = super().save_model()
+            if self.last.exists():
+                measured = self.distillation.measured()
+                self.state.remember(self.epoch, terms, self.optimizer, measured, content_of(self.last))
+                self.state.first_time = results.first_time(self.csv)
+                self.state.save(folder)
+        return saved
 
     def resume_training(self, ckpt: Any) -> None:
         """Go on where the checkpoint stands; epochs that were begun after it are run again."""
+        if self.resume and ckpt:
+            require_fit(unwrap_model(self.model), ckpt, self.data["names"], self.args.data, Path(self.args.resume))
         super().resume_training(ckpt)
         if self.resume and RANK in {-1, 0}:
             results.drop_rows_after(self.csv, self.start_epoch)
@@ -345,13 +365,16 @@ class CWDTrainer(DetectionTrainer):
             self.state.epochs
         )  # the first process alone remembers what it saves
         self.state.restore(ckpt["epoch"], terms, self.optimizer)
+        if self.distillation.criterion is not None and not self.state.measured:  # after a loss that was not finite
+            self._fit_or_restore()
 
     def final_eval(self) -> None:
         """Strip and score the checkpoints as Ultralytics does; a finished run needs no state to continue from."""
-        with atomic_strip():
-            super().final_eval()
+        self.finished = True
         if RANK in {-1, 0}:
             (self.wdir / STATE_FILE).unlink(missing_ok=True)
+        with atomic_strip():
+            super().final_eval()
 
 
 def _for_task(trainer: type[CWDTrainer], name: str) -> type[CWDTrainer]:

@@ -90,7 +90,7 @@ def test_resume_goes_on_where_it_stopped(train: Train, tmp_path: Path) -> None:
     (last.parent / ".unfinished").mkdir()
     (last.parent / ".cwd.pt.123").write_bytes(b"half")
     saved = load_state(last)
-    assert list(saved.epochs) == [0, 1]
+    assert list(saved.epochs) == [1], "the epoch of this very checkpoint"
     seen: list[Any] = []
 
     def look(trainer: CWDTrainer) -> None:
@@ -253,8 +253,20 @@ def test_only_the_last_epochs_are_kept() -> None:
     for epoch in range(4):
         state.remember(epoch, adapters, torch.optim.SGD(adapters.parameters()), {"P3": [float(epoch), 1.0]})
     assert list(state.epochs) == [2, 3]
-    with pytest.raises(ConfigError, match=r"cwd.pt is of epoch 3 and 4, the checkpoint of 1; resume from last.pt"):
-        state.restore(0, adapters, torch.optim.SGD(adapters.parameters()))
+    state.restore(3, adapters, torch.optim.SGD(adapters.parameters()))
+    assert state.measured == {"P3": [3.0, 1.0]}
+    state.restore(0, adapters, torch.optim.SGD(adapters.parameters()))
+    assert state.measured == {}, "nothing to continue from"
+
+
+def test_adapters_that_are_not_finite_are_not_restored() -> None:
+    adapters = nn.ModuleList([nn.Conv2d(2, 3, 1)])
+    optimizer, state = torch.optim.SGD(adapters.parameters()), RunState({})
+    state.remember(0, adapters, optimizer, {"P3": [1.0, 1.0]})
+    state.epochs[0]["adapters"]["0.weight"][0] = torch.nan
+    state.restore(0, adapters, optimizer)
+    assert state.measured == {}
+    assert all(p.isfinite().all() for p in adapters.parameters())
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -263,7 +275,8 @@ def test_a_step_counter_is_restored_where_the_optimizer_keeps_it(fused: bool) ->
     adapters = nn.ModuleList([nn.Conv2d(2, 3, 1, device="meta")])
     parameters = list(adapters.parameters())
     moments = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(1, 1)}
-    state = RunState({}, {0: {"adapters": adapters.state_dict(), "optimizer": [moments] * 2, "measured": {}}})
+    saved = {name: torch.zeros(value.shape) for name, value in adapters.state_dict().items()}
+    state = RunState({}, {0: {"adapters": saved, "optimizer": [moments] * 2, "measured": {}}})
     optimizer: Any = SimpleNamespace(param_groups=[{"params": parameters, "fused": fused}], state={})
     state.restore(0, adapters, optimizer)
     for parameter in parameters:

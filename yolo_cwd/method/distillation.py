@@ -111,7 +111,7 @@ class Distillation:
         size: int,
         autocast: Callable[[], AbstractContextManager[Any]],
         scale: float,
-        resumed: dict[str, list[float]] | None,
+        resumed: dict[str, list[float]],
     ) -> None:
         """Choose the teacher's precision, then fit and measure, or continue from what a resumed run had measured.
 
@@ -122,12 +122,12 @@ class Distillation:
             size: Images in a batch.
             autocast: The mixed precision of the training.
             scale: Its loss scale.
-            resumed: The state of the meter in the resumed run; None for a new run.
+            resumed: The state of the meter in the resumed run; empty where the adapters begin anew.
         """
         if not self.is_on or self.criterion is None:
             return
         prepare.choose_precision(self.teacher, self.settings.teacher_dtype, dataset, self._device)
-        if resumed is None:
+        if not resumed:
             prepare.fit_and_measure(self.criterion, student, self.teacher, batches, size, autocast, scale)
         else:
             self.criterion.meter.restore(resumed)

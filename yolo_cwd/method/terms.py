@@ -124,7 +124,7 @@ class LevelTerm(Term):
                 "give amp=False, or another student"
             )
         self.adapter.weight.data.copy_(weights[:, :, None, None])
-        self._regression = None
+        self._regression = Regression()  # for a fit of its own, if the adapters must begin anew
 
 
 class ClassTerm(Term):

@@ -21,6 +21,7 @@ from ultralytics.utils import TQDM, colorstr
 from ultralytics.utils.patches import imread
 
 from yolo_cwd.config import ConfigError, Settings, exists
+from yolo_cwd.run.files import content_of
 
 HELD_OUT = ("val", "test", "minival")  # splits of the data that no training may see
 LEAST_SIDE = 10  # pixels: Ultralytics trains on nothing smaller
@@ -144,15 +145,6 @@ def identity(file: Path) -> str:
 def fingerprint(*values: Any) -> str:
     """Return a hash of some plain values that is the same everywhere and always."""
     return hashlib.sha256(repr(values).encode()).hexdigest()
-
-
-def content_of(file: Path) -> str:
-    """Return a hash of a file's content."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def survey(images: Sequence[Path], data: Split) -> Survey:

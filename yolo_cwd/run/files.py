@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -39,6 +40,15 @@ def write_atomic(file: Path, content: str | bytes) -> None:
     """Write a file so that nobody ever sees a part of it, even after a kill."""
     with atomic_path(file) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def content_of(file: Path) -> str:
+    """Return a digest of a file's content."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def put(unfinished: Path, file: Path) -> None:

@@ -13,9 +13,15 @@ from yolo_cwd.run.files import write_atomic
 
 
 def read_rows(table: Path) -> list[dict[str, float]]:
-    """Return the rows of a `results.csv`, one per epoch, by column."""
+    """Return the rows of a `results.csv`, one per epoch, by column; nan where plain Ultralytics has left ours out."""
     with table.open(encoding="utf-8") as file:
-        return [{name.strip(): float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [{name.strip(): float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def first_time(table: Path) -> float | None:
+    """Return the time that a `results.csv` has for its first epoch; None if it has none."""
+    rows = read_rows(table) if table.is_file() else []
+    return rows[0].get("time") if rows else None
 
 
 def ordered(metrics: dict[str, Any], ours: Collection[str], table: Path, resumed: bool) -> dict[str, Any]:
@@ -35,15 +41,18 @@ def ordered(metrics: dict[str, Any], ours: Collection[str], table: Path, resumed
 
 
 def drop_rows_after(table: Path, epoch: int) -> None:
-    """Drop the rows of a `results.csv` that belong to a later epoch (counted from 1) or that a kill has torn."""
-    lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+    """Drop the rows of a `results.csv` that belong to a later epoch (counted from 1) or that a kill has torn.
+
+    A row that plain Ultralytics has added ends before our columns, and gets nan there.
+    """
+    lines = table.read_text(encoding="utf-8").splitlines(keepends=True) if table.exists() else []
     if not lines:  # emptied by a power cut, perhaps: Ultralytics writes the header into a new file alone
         table.unlink(missing_ok=True)
         return
-    header, *rows = lines
-    epochs = [row.split(",")[0].strip() if row.count(",") == header.count(",") else "" for row in rows]
-    kept = [row for row, e in zip(rows, epochs, strict=True) if e.isdecimal() and int(e) <= epoch]
-    write_atomic(table, "\n".join([header, *kept]) + "\n")
+    header, *rows = (line.strip().split(",") for line in lines if line.endswith("\n"))
+    whole = [row for row in rows if row[0].strip().isdecimal() and int(row[0]) <= epoch and len(row) <= len(header)]
+    padded = [row + ["nan"] * (len(header) - len(row)) for row in whole]
+    write_atomic(table, "".join(",".join(row) + "\n" for row in [header, *padded]))
 
 
 def widen(table: Path, columns: Sequence[str]) -> list[str]:

@@ -2,13 +2,17 @@
 """What a distilled run needs to resume after an interruption.
 
 The file `cwd.pt`, beside Ultralytics' `last.pt`, holds the options, and the adapters with their optimizer state for the
-last two epochs. It is written before `last.pt`, so the adapters for the epoch of `last.pt` are always there. It holds
-only tensors, numbers and strings, and is read by torch's restricted loader.
+last two epochs, each with a digest of its checkpoint. It gets its name before `last.pt` does, so the adapters for
+`last.pt` are always there. It holds only tensors, numbers and strings, and is read by torch's restricted loader.
+
+A checkpoint that plain Ultralytics has written since, in the same run, has no adapters: they begin anew. One of another
+run in the same folder is refused.
 """
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yolo_cwd.config import ConfigError
-from yolo_cwd.run.files import remove_leftovers, write_atomic
+from yolo_cwd.config import WEIGHT_COLUMN, ConfigError
+from yolo_cwd.run.files import content_of, remove_leftovers, write_atomic
+from yolo_cwd.run.interrupted import is_finished, read_checkpoint
 
 FILE = "cwd.pt"
 KEPT_EPOCHS = 2
@@ -29,12 +34,16 @@ class RunState:
 
     Attributes:
         options: The run's options as plain values; `teacher` is None if it was given as an object.
-        epochs: For each epoch (counted from 0), the adapters' parameters and their optimizer state, on the CPU.
-        measured: What the gradient meter had measured at the end of the restored epoch.
+        epochs: For each epoch (counted from 0), the adapters' parameters and their optimizer state, on the CPU, with
+            what the gradient meter had measured and the digest of the checkpoint.
+        measured: What the gradient meter had measured at the end of the restored epoch; nothing if none is restored,
+            so that the adapters begin anew.
         start: For each level, the divergence of every channel on a few images before training [N, C]; empty without
             `plots`.
         teacher: What tells the run's teacher from another network; empty if that is not known.
         score: The teacher's score on the validation images; None if it has none.
+        first_time: The time of the first epoch in `results.csv`. Every checkpoint of the run holds it, whoever has
+            written it, so that it tells them from those of another run; None if it is not known.
     """
 
     def __init__(
@@ -44,6 +53,7 @@ class RunState:
         start: Mapping[str, Tensor] | None = None,
         teacher: str = "",
         score: float | None = None,
+        first_time: float | None = None,
     ) -> None:
         """Start with what is known so far."""
         self.measured: dict[str, list[float]] = {}
@@ -52,29 +62,46 @@ class RunState:
         self.start: dict[str, Tensor] = dict(start or {})
         self.teacher = teacher
         self.score = score
+        self.first_time = first_time
 
     def remember(
-        self, epoch: int, adapters: nn.Module, optimizer: torch.optim.Optimizer, measured: Mapping[str, Any]
+        self,
+        epoch: int,
+        adapters: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        measured: Mapping[str, Any],
+        checkpoint: str = "",
     ) -> None:
-        """Keep the state at the end of an epoch, and forget all but the last few."""
+        """Keep the state at the end of an epoch, and forget all but the last few.
+
+        Args:
+            epoch: The epoch.
+            adapters: The adapters.
+            optimizer: Their optimizer.
+            measured: What the gradient meter has measured.
+            checkpoint: The digest of the epoch's checkpoint.
+        """
         moments = [_to_cpu(optimizer.state.get(p, {})) for p in adapters.parameters()]
         self.epochs[epoch] = {
             "adapters": _to_cpu(adapters.state_dict()),
             "optimizer": moments,
             "measured": dict(measured),
+            "checkpoint": checkpoint,
         }
         self.epochs = {e: self.epochs[e] for e in sorted(self.epochs) if epoch - KEPT_EPOCHS < e <= epoch}
 
     def restore(self, epoch: int, adapters: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Restore the adapters and their optimizer state as they were at the end of an epoch.
 
+        Nothing is restored if the epoch is not kept, or if its adapters were not finite.
+
         Raises:
-            ConfigError: If the epoch is not kept, or if the adapters have other shapes.
+            ConfigError: If the adapters have other shapes.
         """
-        if epoch not in self.epochs:
-            kept = " and ".join(str(e + 1) for e in self.epochs)
-            raise ConfigError(f"resume: {FILE} is of epoch {kept}, the checkpoint of {epoch + 1}; resume from last.pt")
-        saved = self.epochs[epoch]
+        self.measured = {}
+        saved = self.epochs.get(epoch)
+        if saved is None or not all(value.isfinite().all() for value in saved["adapters"].values()):
+            return
         ours, theirs = ({k: tuple(v.shape) for k, v in x.items()} for x in (adapters.state_dict(), saved["adapters"]))
         if ours != theirs:
             raise ConfigError(
@@ -91,7 +118,7 @@ class RunState:
         """Write the file into the folder of the checkpoints."""
         buffer = io.BytesIO()
         content = {"options": self.options, "epochs": self.epochs, "start": self.start, "teacher": self.teacher}
-        content["score"] = self.score
+        content |= {"score": self.score, "first_time": self.first_time}
         torch.save(content, buffer)
         write_atomic(folder / FILE, buffer.getvalue())
 
@@ -138,10 +165,11 @@ def _to_cpu(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_state(checkpoint: Path) -> RunState:
-    """Return the state saved beside a checkpoint.
+    """Return the state saved beside a checkpoint, with the adapters of this very checkpoint if there are any.
 
     Raises:
-        ConfigError: If there is none, or if it cannot be read.
+        ConfigError: If there is none, if one of both cannot be read, or if the checkpoint is finished or of another
+            run.
     """
     file = checkpoint.parent / FILE
     if not file.is_file():
@@ -150,12 +178,57 @@ def load_state(checkpoint: Path) -> RunState:
             f"'yolo train resume' continues without one"
         )
     remove_leftovers(checkpoint.parent)
+    content = read_checkpoint(checkpoint)
+    if is_finished(content):
+        file.unlink(missing_ok=True)  # left by a kill in the last validation
+        raise ConfigError(
+            f"resume={checkpoint}: the training is finished; for more epochs, begin a new run from best.pt beside it"
+        )
+    state = _read(file, checkpoint)
+    state.epochs = _adapters_of(checkpoint, content, state)
+    return state
+
+
+def _read(file: Path, checkpoint: Path) -> RunState:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        rest = content.get("start"), content.get("teacher", ""), content.get("score")
-        return RunState(content["options"], content["epochs"], *rest)
+        rest = (content.get(name) for name in ("start", "teacher", "score", "first_time"))
+        start, teacher, score, first_time = rest
+        return RunState(content["options"], content["epochs"], start, teacher or "", score, first_time)
     except Exception as error:
         raise ConfigError(
             f"resume={checkpoint}: {FILE} cannot be read, it is torn or no state of a run; 'yolo train resume' "
             "continues without a teacher"
         ) from error
+
+
+def _adapters_of(checkpoint: Path, content: Mapping[str, Any], state: RunState) -> dict[int, Any]:
+    """Return the epoch of the state that a checkpoint is of; none if it has been written without us since.
+
+    Raises:
+        ConfigError: If the checkpoint is of another run.
+    """
+    table = content.get("train_results") or {}
+    if any("checkpoint" in saved for saved in state.epochs.values()):
+        digest = content_of(checkpoint)
+        own = {epoch: saved for epoch, saved in state.epochs.items() if saved.get("checkpoint") == digest}
+        began = _first(table.get("time"))
+        is_ours = bool(own) or (began is not None and began == state.first_time)
+    else:  # written by a release without digests: what its checkpoint has of our columns tells as much
+        distilled = isinstance(weight := _last(table.get(WEIGHT_COLUMN)), int | float) and not math.isnan(weight)
+        own = {epoch: saved for epoch, saved in state.epochs.items() if distilled and epoch == content["epoch"]}
+        is_ours = WEIGHT_COLUMN in table
+    if not is_ours:
+        raise ConfigError(
+            f"resume={checkpoint}: is of another run than {FILE} beside it, which an earlier one has left; "
+            "'yolo train resume' continues it as it began, without a teacher"
+        )
+    return own
+
+
+def _first(column: Any) -> Any:
+    return column[0] if column else None
+
+
+def _last(column: Any) -> Any:
+    return column[-1] if column else None

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, LOCAL_RANK, LOGGER, RANK, colorstr
-from ultralytics.utils.torch_utils import init_seeds
+from ultralytics.utils.torch_utils import init_seeds, unwrap_model
 
 from yolo_cwd.config import ConfigError, Settings, listed
 from yolo_cwd.run import teacher_record
@@ -35,6 +35,7 @@ from yolo_cwd.run.files import (
     remove_leftovers,
     write_atomic,
 )
+from yolo_cwd.run.interrupted import is_finished, newest_usable, read_checkpoint, require_fit
 from yolo_cwd.run.known import data_with_classes, lacking, require_labels, trainable_task
 from yolo_cwd.run.random_state import random_numbers_untouched
 from yolo_cwd.run.results import drop_rows_after
@@ -106,6 +107,8 @@ class TeacherTrainer(DetectionTrainer):
 
     def resume_training(self, ckpt: Any) -> None:
         """Go on where the checkpoint stands; epochs that were begun after it are run again."""
+        if self.resume and ckpt:
+            require_fit(unwrap_model(self.model), ckpt, self.data["names"], self.args.data, Path(self.args.resume))
         super().resume_training(ckpt)
         if self.resume and RANK in {-1, 0}:
             drop_rows_after(self.csv, self.start_epoch)
@@ -220,9 +223,9 @@ class TeacherStage:
             given = teacher_record.plain(options, self.teacher)
             record = record._replace(arguments=_plain_arguments(args), options=given)
         if ours is not None and goes_on:
-            remove_leftovers(ours.last.parent)
-            ours._replace(arguments=record.arguments, options=record.options).write()
-            return False, ours.last
+            ours = ours._replace(arguments=record.arguments, options=record.options)
+            if (left := _left_of(ours)) is not None:
+                return left
         shutil.rmtree(self.folder, ignore_errors=True)
         if other := self._elsewhere(key):
             _copy(other, record)
@@ -349,6 +352,28 @@ def _is_fused(teacher: Any) -> bool:
     network = getattr(teacher, "model", teacher)
     fused = getattr(network, "is_fused", None) or getattr(teacher, "is_fused", None)
     return bool(fused and fused())
+
+
+def _left_of(record: Record) -> tuple[bool, Path | None] | None:
+    """Return whether an interrupted training had no epoch left, and what it goes on from; None if nothing can be read.
+
+    Args:
+        record: Its record, which is written anew.
+    """
+    remove_leftovers(record.last.parent)
+    with suppress(ConfigError):
+        if is_finished(read_checkpoint(record.last)):  # it was interrupted in its last validation
+            record._replace(complete=True).write()
+            _say(USED.format(folder=record.folder))
+            return True, None
+    usable = newest_usable(record.last.parent.glob("*.pt"))
+    if usable != record.last:
+        remedy = f"goes on from {usable}" if usable else "begins again"
+        _warn(f"{record.last} cannot be read; the teacher's training {remedy}")
+    if usable is None:
+        return None
+    record.write()
+    return False, usable
 
 
 def _plain_arguments(args: Any) -> dict[str, Any]:

@@ -121,16 +121,11 @@ def outcome(curves: Curves, score: Score) -> str:
     known = [(value, epoch) for value, epoch in zip(curves.score, curves.epochs, strict=True) if value]
     best, epoch = max(known, key=lambda x: score.sign * x[0], default=(0.0, 0))
     parts = [f"best {score.label} {best:.3f} in epoch {epoch}" if best else f"{score.label} 0"]
-    distilled = [i for i, weight in enumerate(curves.weight) if weight]
+    distilled = [i for i, weight in enumerate(curves.weight) if weight > 0]  # nan where plain Ultralytics has trained
     if len(distilled) > 1:
         first, last = distilled[0], distilled[-1]
-        changes = [_change(n, d[first], d[last]) for n, d in curves.divergence.items() if d[first] and d[last]]
+        both = [(n, d[first], d[last]) for n, d in curves.divergence.items() if d[first] > 0 and d[last] > 0]
+        changes = [f"{n} {begin:.3g} to {end:.3g} ({100 * (end / begin - 1):+.0f} %)" for n, begin, end in both]
         epochs = f"epoch {curves.epochs[first]} to {curves.epochs[last]}"
-        parts.append(f"divergence from the teacher, {epochs}: {', '.join(filter(None, changes))}")
+        parts += [f"divergence from the teacher, {epochs}: {', '.join(changes)}"] if changes else []
     return "; ".join(parts)
-
-
-def _change(name: str, first: float, last: float) -> str:
-    if math.isnan(first + last):  # a level of weight 0
-        return ""
-    return f"{name} {first:.3g} to {last:.3g} ({100 * (last / first - 1):+.0f} %)"

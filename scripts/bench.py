@@ -6,8 +6,11 @@
     python scripts/bench.py part=step teacher=yolov8x batch=8,32 device=1
     python scripts/bench.py part=step,loss imgsz=320 batch=8 device=cpu
     python scripts/bench.py part=count                   # kernels and bytes on paper; needs no GPU
+    python scripts/bench.py report=1                     # and report=2: all that a GPU can tell, in limited time
 
 Parts: `machine`; `loss` alone; `teacher` alone; `step`, plain, built-in and ours in turns; `count`, of fake tensors.
+Those of bench_gpu.py, by name only: `fused`, `profile`, `syncs`, `memory`, `variants`, `compiled`, `amp`, `processes`,
+`resume`, `tests`.
 Each finding is printed and written at once, as a line of JSON at the end of the file `out`: by default `bench.jsonl` in
 the folder $OUT. So a run that is cut off has kept what it found. Models by name have random weights, which cost what
 trained ones cost. Nothing is downloaded.
@@ -63,6 +66,7 @@ atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 FAKE = FakeTensorMode()
 DEVICE = "0" if torch.cuda.is_available() else "cpu"
 DEFAULTS = {"part": "all", "teacher": "yolov8l", "student": "yolov8n", "imgsz": 640, "batch": "16,64", "repeats": 15}
+DEFAULTS |= {"report": "", "steps": 200, "backend": "inductor"}  # what bench_gpu.py asks for
 DEFAULTS |= {"device": DEVICE, "out": os.environ.get("OUT", ".") + "/bench.jsonl"}
 MAPS = {8: 256, 16: 512, 32: 512}  # channels by stride, of the loss alone: YOLOv8l's
 OPTIONS = {"teacher_epochs": 0, "adapter": "conv", "schedule": "constant"}  # a fit beforehand leaves a step as it is
@@ -129,13 +133,17 @@ def teacher(words: Words, say: Say) -> None:
 
 def step(words: Words, say: Say) -> None:
     """Time steps in turns."""
-    names = ["plain", *(["built-in"] if "distill_model" in DEFAULT_CFG_DICT else []), "ours"]
     for batch in words["batch"]:
-        arms = {name: partial(take_step, *set_up(name, words, batch)) for name in names}
-        for name, found in timed(arms, words).items():
+        runs = {name: partial(take_step, *set_up(name, words, batch)) for name in arms()}
+        for name, found in timed(runs, words).items():
             say(f"{name}, batch {batch}", **found)
-        del arms
+        del runs
         gc.collect()
+
+
+def arms() -> list[str]:
+    """Return the trainings that are compared; older releases of Ultralytics have no distillation built in."""
+    return ["plain", *(["built-in"] if "distill_model" in DEFAULT_CFG_DICT else []), "ours"]
 
 
 def take_step(trainer: Any, raw: Words) -> None:
@@ -345,6 +353,14 @@ def timed(arms: dict[str, Callable[[], Any]], words: Words) -> dict[str, dict[st
 PARTS = {"machine": machine, "loss": loss, "teacher": teacher, "step": step, "count": count}  # in the order of `all`
 
 
+def known_parts() -> dict[str, Callable[[Words, Say], None]]:
+    """Return all parts by name; those of bench_gpu.py use this module, by whichever name it runs."""
+    sys.modules.setdefault("bench", sys.modules[__name__])
+    import bench_gpu
+
+    return {**PARTS, **bench_gpu.PARTS}
+
+
 def parse(arguments: list[str]) -> Words:
     """Return the words of the command line, with the defaults of the others."""
     given = {name: value for name, _, value in (word.partition("=") for word in arguments)}
@@ -352,9 +368,11 @@ def parse(arguments: list[str]) -> Words:
         sys.exit(f"{', '.join(sorted(unknown))}: unknown; known are {', '.join(DEFAULTS)}")
     words: Words = {**DEFAULTS, **given}
     words["part"] = list(PARTS) if words["part"] == "all" else words["part"].split(",")
-    if unknown := set(words["part"]) - PARTS.keys():
-        sys.exit(f"part={','.join(sorted(unknown))}: must be all or some of {','.join(PARTS)}")
-    words |= {name: int(words[name]) for name in ("imgsz", "repeats")}
+    if unknown := set(words["part"]) - (known := known_parts()).keys():
+        sys.exit(f"part={','.join(sorted(unknown))}: must be all or some of {','.join(known)}")
+    if words["report"] not in {"", "1", "2"}:
+        sys.exit(f"report={words['report']}: must be 1 or 2")
+    words |= {name: int(words[name]) for name in ("imgsz", "repeats", "steps")}
     words |= {name: f"{words[name]}.yaml" for name in ("teacher", "student") if not Path(words[name]).suffix}
     device = torch.device("cpu" if words["device"] == "cpu" else f"cuda:{words['device']}")
     return {**words, "device": device, "batch": [int(batch) for batch in words["batch"].split(",")]}
@@ -362,7 +380,10 @@ def parse(arguments: list[str]) -> Words:
 
 def main() -> None:
     """Measure the parts that are asked for; the exit code is 1 if one of them failed."""
-    words, failed = parse(sys.argv[1:]), []
+    words, failed, parts = parse(sys.argv[1:]), [], known_parts()
+    if words["report"]:
+        others = [word for word in sys.argv[1:] if word.partition("=")[0] not in {"report", "part"}]
+        sys.exit(sys.modules["bench_gpu"].report(words["report"], others, Path(words["out"])))
     case = f"{Path(words['teacher']).stem} over {Path(words['student']).stem}, {words['imgsz']} px, {words['device']}"
     with Path(words["out"]).open("a", encoding="utf-8") as file:
 
@@ -373,7 +394,7 @@ def main() -> None:
 
         for part in words["part"]:
             try:
-                PARTS[part](words, partial(say, part))
+                parts[part](words, partial(say, part))
             except Exception as error:  # the next part may still be measured
                 say(part, "failed", error=f"{type(error).__name__}: {error}".splitlines()[0][:300])
                 failed.append(part)

@@ -22,8 +22,10 @@ def bench() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("YOLO_CONFIG_DIR", "YOLO_OFFLINE", "YOLO_VERBOSE"):
             patch.setenv(name, "of the script's choice")  # to be set back
+        patch.syspath_prepend(SCRIPT.parent)
         spec = importlib.util.spec_from_file_location("bench", SCRIPT)
         module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, "bench", module)
         spec.loader.exec_module(module)
         yield module
 

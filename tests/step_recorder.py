@@ -53,19 +53,20 @@ class Recorder(CWDTrainer):
         self.losses.append(self.loss.detach().clone())
 
     def keep_end(self) -> None:
-        """Compare the models of the processes, while they are still joined."""
+        """Compare the models and the measured gradients of the processes, while they are still joined."""
         if self.epoch + 1 < self.epochs:
             return
-        ours = torch.cat(
-            [p.detach().flatten() for module in (self.model, self.distillation.terms) for p in module.parameters()]
-        )
+        parameters = [p.detach() for module in (self.model, self.distillation.terms) for p in module.parameters()]
+        means = self.distillation.criterion.meter.means  # from which the weights of the next step follow
+        ours = torch.cat([value.flatten() for value in (*parameters, means)])
         theirs, loss = [ours], self.losses[0].clone()
         if dist.is_initialized():
             theirs = [torch.empty_like(ours) for _ in range(dist.get_world_size())]
             dist.all_gather(theirs, ours)
             dist.all_reduce(loss)
             loss /= dist.get_world_size()
-        self.final = {"differing": sum(int((other != ours).sum()) for other in theirs), "first_loss": loss.item()}
+        differing = sum(int((other != ours).sum()) for other in theirs)
+        self.final = {"differing": differing, "first_loss": loss.item(), "means": means.tolist()}
 
     def optimizer_step(self) -> None:
         clip = nn.utils.clip_grad_norm_

@@ -149,8 +149,10 @@ def assert_same_step(ours: dict[str, Any], reference: dict[str, Any], loss: floa
 
 
 def test_the_balanced_rule_is_the_same_in_every_process(record: Record) -> None:
+    """Each has measured gradients of other images, and their squares are added up."""
     two = record(2, "balanced")
     assert two["differing"] == 0
+    assert all(square > 0 for pair in two["means"] for square in pair)
     assert all(0 < loss < float("inf") for loss in two["losses"])
 
 
@@ -166,6 +168,8 @@ def test_whole_loss_is_that_of_one_process_that_adds_up_the_shares(record: Recor
     one, four = record(1, "whole"), record(4, "whole")
     assert len(one["losses"]) == 4
     assert_same_step(four, one, sum(one["losses"]))
+    ratios = [[task / ours for task, ours in run["means"]] for run in (one, four)]
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("task", MODELS)

@@ -1,0 +1,62 @@
+"""What precedes the first step: with all of it, the student begins as in plain Ultralytics and sees the same images."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHORT, TAUGHT
+from ultralytics.models.yolo.detect import DetectionTrainer
+
+from yolo_cwd import CWDTrainer
+
+State = dict[str, torch.Tensor]
+
+
+def begun(trainer: Any) -> tuple[State, State, list[dict[str, Any]]]:
+    """Train, and return student and EMA as they were before the first step, and the batches of all steps."""
+    student: State = {}
+    average: State = {}
+    batches: list[dict[str, Any]] = []
+    preprocess = trainer.preprocess_batch
+
+    def note(batch: dict[str, Any]) -> dict[str, Any]:
+        batch = preprocess(batch)
+        batches.append({name: batch[name].clone() for name in ("img", "cls", "bboxes", "batch_idx")})
+        return batch
+
+    def begin(trainer: Any) -> None:
+        for kept, model in ((student, trainer.model), (average, trainer.ema.ema)):
+            kept.update({name: value.clone() for name, value in model.state_dict().items()})
+        trainer.preprocess_batch = note
+
+    trainer.add_callback("on_train_start", begin)
+    trainer.final_eval = lambda: None
+    trainer.train()
+    return student, average, batches
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"adapter": "fitted", "cwd": 100.0}, id="adapters are fitted"),
+        pytest.param({"adapter": "conv", "cwd": "balanced"}, id="gradients are measured"),
+        pytest.param({"adapter": "fitted", "cwd": "balanced", "teacher_dtype": "auto"}, id="defaults"),
+    ],
+)
+def test_preparation_leaves_the_student_and_its_images_alone(
+    options: dict[str, Any], data: str, tmp_path: Path
+) -> None:
+    """Weights, normalization statistics with their counts, and what the augmentation draws."""
+    words = {**SHORT, "data": data, "project": str(tmp_path), "epochs": 2, "seed": 3}
+    plain = begun(DetectionTrainer(overrides=words))
+    trainer = CWDTrainer(overrides={**words, **TAUGHT, "share": 1.0, **options})
+    ours = begun(trainer)
+    assert len(trainer.distillation.explained) == (3 if options["adapter"] == "fitted" else 0)
+    assert trainer.distillation.criterion.meter.means.all(), "each was measured"
+    for expected, got in zip(plain[:2], ours[:2], strict=True):
+        assert expected.keys() == got.keys()
+        assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    assert len(plain[2]) == len(ours[2]) == 4
+    for there, here in zip(plain[2], ours[2], strict=True):
+        assert all(torch.equal(there[name], here[name]) for name in there)

@@ -1,14 +1,18 @@
 """What precedes the first step: with all of it, the student begins as in plain Ultralytics and sees the same images."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import SHORT, TAUGHT
+from test_state import interrupted, resume
 from ultralytics.models.yolo.detect import DetectionTrainer
 
 from yolo_cwd import CWDTrainer
+from yolo_cwd.method.prepare import measure
+from yolo_cwd.run.state import load_state
 
 State = dict[str, torch.Tensor]
 
@@ -60,3 +64,44 @@ def test_preparation_leaves_the_student_and_its_images_alone(
     assert len(plain[2]) == len(ours[2]) == 4
     for there, here in zip(plain[2], ours[2], strict=True):
         assert all(torch.equal(there[name], here[name]) for name in there)
+
+
+def test_a_term_that_a_resumed_run_knows_nothing_of_is_measured_at_its_first_batch(
+    train: Callable[..., CWDTrainer], tmp_path: Path
+) -> None:
+    last = interrupted(train, tmp_path, 1, epochs=2, cwd="balanced")
+    state = load_state(last)
+    del state.epochs[0]["measured"]["P4"]
+    state.save(last.parent)
+    losses: list[dict[str, float]] = []
+
+    def note(trainer: CWDTrainer) -> None:
+        losses.append(trainer.distillation.criterion.columns["loss"])
+
+    resume(last, {"on_train_batch_end": note})
+    assert all(loss > 0 for loss in losses[0].values())
+
+
+def test_gradients_outside_a_step_are_those_of_a_step(train: Callable[..., CWDTrainer]) -> None:
+    """The first weights follow from the former, all later ones from the latter. Other terms would add to the latter."""
+    found: list[torch.Tensor] = []
+
+    def both(trainer: CWDTrainer) -> None:
+        criterion, teacher = trainer.distillation.criterion, trainer.distillation.teacher
+        batch, student = next(trainer._batches(4)), trainer.model.train()
+        criterion.begin_epoch(1.0)
+        criterion.meter.means.zero_()
+        measure(criterion, student, teacher, batch)
+        found.append(criterion.meter.means.clone())
+        weights = criterion.weights
+        batch["teacher"] = teacher.maps(batch["img"])
+        loss, _ = student(batch)
+        loss.sum().backward()
+        criterion.meter.means.zero_()
+        criterion.meter.step(weights)
+        found.append(criterion.meter.means.clone())
+        student.zero_grad()
+
+    train(cwd="balanced", class_share=0, levels="P5", callbacks={"on_train_start": both})
+    assert found[0].min() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=0)

@@ -265,6 +265,15 @@ def test_a_teacher_that_is_trained_first_need_not_know_the_classes_before(
         Labeler(settings("t.yaml", "nowhere"), TASKS["detect"], arguments(sets["detect"])).refuse(will_be_trained=True)
 
 
+def test_a_pool_has_the_labels_of_the_teacher_that_was_trained_first(
+    staged: Callable[..., CWDTrainer], data: str, pictures: Path
+) -> None:
+    trainer = staged(unlabeled=str(pictures), cwd=0, pool_conf=1e-4, model=STUDENT)
+    trained = trainer.save_dir / "teacher" / "weights" / "best.pt"
+    assert trainer.pool == label(str(trained), str(pictures), data, pool_conf=1e-4)
+    assert trainer.pool.summary.objects
+
+
 def test_the_teacher_and_the_data_are_read_once(
     teachers: dict[str, str], sets: dict[str, str], pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

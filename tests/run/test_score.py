@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,18 @@ def test_a_comparison_scores_best_checkpoints_on_its_split(
     assert more != less
     assert [Path(r["weights"]).name for r in found] == ["best.pt", "last.pt"]
     assert summary["teacher"]["score"] == more
+
+
+def test_a_teacher_that_was_trained_has_the_score_of_its_best_checkpoint(
+    learned: dict[str, str], data: str, tmp_path: Path
+) -> None:
+    words = {**WORDS, "teacher": learned["less"], "student": STUDENT, "data": data, "split": "train"}
+    comparison = compare.Comparison.parse({**words, "folder": str(tmp_path / "comparison")})
+    comparison = replace(comparison, trained=learned["more"])
+    for name in ("locks", "results", "teacher"):
+        (comparison.folder / name).mkdir(parents=True)
+    (comparison.folder / "teacher" / "results.csv").write_text("epoch,time\n1,2.5\n2,4\n")
+    compare.score_teacher(comparison, {i: str(i) for i in range(10)})
+    found = json.loads((comparison.folder / "results" / "teacher.json").read_text())
+    assert found["score"] == of_val(learned["more"], data, "train", tmp_path).map
+    assert found["seconds"] == 4

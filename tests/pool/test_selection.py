@@ -13,6 +13,7 @@ from yolo_cwd.config import ConfigError, Settings
 from yolo_cwd.pool.images import (
     Split,
     Survey,
+    abbreviated,
     content_of,
     evenly,
     fingerprint,
@@ -189,3 +190,52 @@ def test_labels_are_kept_by_what_decides_them(tmp_path: Path, monkeypatch: pytes
     assert folder().parent == tmp_path / "yolo_cwd" / "unlabeled"
     others = [folder(teacher="b.pt"), folder(form="y"), folder(imgsz=96), folder(kind="completed"), folder(conf=0.3)]
     assert len({folder(), *others}) == 6
+
+
+def test_what_a_source_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder to any depth, a glob with what its folders hold, a list, an image; paths with patterns as they are."""
+    first, below = image(tmp_path / "pool" / "a.b.bmp", 0), image(tmp_path / "pool" / "x[1]" / "y" / "c.PNG", 1)
+    pool = str(tmp_path / "pool")
+    assert list_images([pool], "source") == [first, below]
+    assert list_images([f"{pool}/x[[]1]"], "source") == [below]
+    assert list_images([f"{pool}/x[1]"], "source") == [below]
+    assert list_images([f"{pool}/**/*.PNG"], "source") == [below]
+    assert list_images([f"{pool}/?.b.bmp"], "source") == list_images([str(first)], "source") == [first]
+    with pytest.raises(ConfigError, match=r"^source=.*/absent: names no file; give a folder, a glob, a \.txt list, or"):
+        list_images([f"{pool}/absent"], "source")
+    with pytest.raises(ConfigError, match=r"^source=.*/\*\.gif: names no file"):
+        list_images([f"{pool}/*.gif"], "source")
+    monkeypatch.chdir(tmp_path)
+    assert list_images(["pool"], "source") == [first, below]
+
+
+def test_lines_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative to the working folder where they are found there, unless they begin with `./`; else to the list."""
+    for folder in ("here", "lists"):
+        for name in ("both.bmp", "größer.bmp"):
+            image(tmp_path / folder / name, 0)
+    here, lists = tmp_path / "here", tmp_path / "lists"
+    (here / "größer.bmp").unlink()
+    listing = lists / "LIST.TXT"
+    listing.write_text("\n both.bmp \ngrößer.bmp\n./both.bmp\n", encoding="utf-8-sig")
+    monkeypatch.chdir(here)
+    assert list_images([str(listing)]) == [here / "both.bmp", lists / "both.bmp", lists / "größer.bmp"]
+    listing.write_bytes("größer.bmp".encode("latin-1"))
+    for argument, said in (("source", "source"), ("", "data")):
+        message = rf"^{said}=.*LIST\.TXT: not text in UTF-8; save the list as UTF-8$"
+        with pytest.raises(ConfigError, match=message):
+            list_images([str(listing)], argument)
+
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    for argument, said in (("source", "source"), ("", "data")):
+        message = rf"^{said}=.*LIST\.TXT: cannot be read \(Permission denied\); let yourself read the list$"
+        with pytest.raises(ConfigError, match=message):
+            list_images([str(listing)], argument)
+
+
+@pytest.mark.parametrize(("length", "shown"), [(100, "/" + 99 * "x"), (101, "/" + 96 * "x" + "...")])
+def test_long_names_of_a_pool_are_cut(length: int, shown: str) -> None:
+    assert abbreviated(options(unlabeled="/" + (length - 1) * "x")) == shown

@@ -1,6 +1,8 @@
 """The label of one image, from a prediction that is given: rows, thresholds, classes and existing labels."""
 
+import io
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -104,6 +106,14 @@ def test_the_outline_of_a_mask_or_the_box_without_one() -> None:
     assert lines(label_of(said(boxes=[[*BOX, 0.9, 2]]), form("segment"), 0.5)) == [f"2 {CORNERS}"]
 
 
+def test_an_outline_of_three_points_is_one() -> None:
+    masks = np.zeros((1, HEIGHT, WIDTH), np.float32)
+    masks[0, 20, 10] = masks[0, 21, 10] = masks[0, 21, 11] = 1
+    (row,) = lines(label_of(said(boxes=[[*BOX, 0.9, 2]], masks=masks), form("segment"), 0.5))
+    points = np.array(row.split()[1:], float).reshape(-1, 2)
+    assert sorted(points.tolist()) == [[0.1, 0.4], [0.1, 0.42], [0.11, 0.42]]
+
+
 @pytest.mark.parametrize(
     ("box", "clipped"),
     [
@@ -112,6 +122,11 @@ def test_the_outline_of_a_mask_or_the_box_without_one() -> None:
         pytest.param([110, 25, 40, 20, 0.3], True, id="the middle to the right of the image"),
         pytest.param([50, -10, 40, 20, 0.3], True, id="the middle above it"),
         pytest.param([50, 25, 120, 20, 0.3], True, id="wider than it"),
+        pytest.param([20, 25, 92, 30, 0.2], False, id="large, to the left"),
+        pytest.param([80, 25, 92, 30, 0.2], False, id="large, to the right"),
+        pytest.param([0, 25, 40, 20, 0], False, id="the middle on the left edge"),
+        pytest.param([100, 25, 40, 20, 0], False, id="the middle on the right edge"),
+        pytest.param([50, 25, 100, 20, 0], False, id="as wide as the image"),
     ],
 )
 def test_corners_of_a_turned_box(box: list[float], clipped: bool) -> None:
@@ -137,8 +152,11 @@ def test_a_turned_object_is_the_same_only_at_the_same_angle() -> None:
         pytest.param(2, [0.5, 0.4], "0.400000 0.400000 1.000000 0.500000", id="without visibility"),
     ],
 )
-def test_key_points(values: int, confidences: list[float] | None, points: str) -> None:
-    seen = [[40.0, 20.0], [120.0, 25.0]]
+@pytest.mark.parametrize("shift", [0.0, -80.0])
+def test_key_points(values: int, confidences: list[float] | None, points: str, shift: float) -> None:
+    """Those outside of the image are on its edge."""
+    seen = [[40.0 + shift, 20.0], [120.0, 25.0]]
+    points = points.replace("0.400000", "0.000000", 1) if shift else points
     if confidences:
         seen = [[*point, c] for point, c in zip(seen, confidences, strict=True)]
     found = said(boxes=[[*BOX, 0.9, 2]], keypoints=[seen])
@@ -155,6 +173,25 @@ def test_class_maps_have_the_classes_and_values_of_the_data() -> None:
     assert written.shape == (HEIGHT, WIDTH)
     assert [set(written[a:b].ravel().tolist()) for a, b in ((0, 10), (10, 15), (15, HEIGHT))] == [{7}, {255}, {0}]
     assert label.classes == Counter({0: 10 * WIDTH, 1: 35 * WIDTH})
+
+
+def test_teachers_of_many_classes_make_class_maps_too() -> None:
+    values = np.full((HEIGHT, WIDTH), 300, np.int64)
+    values[0] = 299
+    label = label_of(said(semantic_mask=values), form("semantic", {300: 4}), 0.5)
+    written = cv2.imdecode(np.frombuffer(label.content, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert (set(written[0].tolist()), set(written[1:].ravel().tolist())) == ({255}, {4})
+    assert label.classes == Counter({4: (HEIGHT - 1) * WIDTH})
+
+
+def test_depth_maps_are_arrays_of_the_values() -> None:
+    values = np.random.default_rng(0).random((1, HEIGHT, WIDTH)).astype(np.float32)
+    for found in (said(depth=values), SimpleNamespace(depth=values.astype(np.float64))):
+        label = label_of(found, form("depth"), 0.5)
+        written = np.load(io.BytesIO(label.content))
+        assert (written.dtype, written.shape) == (np.float32, (HEIGHT, WIDTH))
+        assert written == pytest.approx(values[0])
+        assert (label.classes, label.confidences) == (Counter(), ())
 
 
 def test_what_decides_on_labels_tells_formats_apart() -> None:

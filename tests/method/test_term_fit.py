@@ -126,3 +126,31 @@ def test_a_teacher_without_a_head_shows_no_classes() -> None:
 def test_the_module_has_the_temperature_of_the_paper_unless_it_is_told() -> None:
     assert ChannelWiseDivergence().tau == 1
     assert ChannelWiseDivergence(0.5).tau == 0.5
+
+
+@pytest.mark.parametrize("adapter", ["fitted", "conv"])
+def test_options_reach_the_terms(adapter: str) -> None:
+    """The temperature that divides both maps, and whether adapters are fitted."""
+    terms, _ = built(["0"], ["0"], tau=2.0, adapter=adapter, class_share=0)
+    term = terms[1]
+    student = StudentMaps([maps(2, 16, 8, 8, seed=1), maps(2, 32, 4, 4, seed=2)], None)
+    teacher = TeacherMaps([maps(2, 32, 8, 8, seed=3), maps(2, 64, 4, 4, seed=4)], {})
+    adapted = term.adapter(student.pyramid[1]).detach()
+    found = term(term.of_student(student), term.of_teacher(teacher)).item()
+    assert found == pytest.approx(reference(adapted, teacher.pyramid[1], 2.0), rel=1e-4)
+    before = term.adapter.weight.clone()
+    term.observe(student, teacher)
+    term.fit()
+    assert torch.equal(term.adapter.weight, before) == (adapter == "conv")
+
+
+def test_without_weight_no_class_maps_are_compared() -> None:
+    terms, _ = built(["0"], ["0"], cwd=0.0, class_share=1.0)
+    assert [term.name for term in terms] == ["P3", "P4", "P5"]
+
+
+def test_class_maps_of_pixels_and_of_objects_are_not_compared() -> None:
+    student, teacher = YOLO(bare("yolov8n.yaml")).model, YOLO(bare("yolo26n-sem.yaml", 0.5)).model
+    teacher.names = {0: "cat"}
+    terms = build_terms(Settings.parse({"teacher": "a.pt"}), LEVELS, [8, 16], student, Teacher(teacher), ["cat"])
+    assert [term.name for term in terms] == ["P3", "P4"]

@@ -84,6 +84,27 @@ def test_what_is_no_pyramid_is_refused(sizes: list[tuple[int, int]], message: st
         pyramid_taps(Maps(*sizes), "x")
 
 
+class Returns(nn.Module):
+    """A network that returns a given value."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, _: torch.Tensor) -> Any:
+        return self.value
+
+
+def test_a_module_may_name_its_maps() -> None:
+    assert pyramid_taps(Returns({"fine": torch.zeros(1, 4, 32, 32)}), "x") == {8: Tap(0, 4)}
+
+
+@pytest.mark.parametrize("value", [torch.zeros(1, 4, 8, 8), [torch.zeros(1, 4)], ["map"], None])
+def test_what_is_no_list_of_maps_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match="^x: it has no pyramid, a list of maps"):
+        pyramid_taps(Returns(value), "x")
+
+
 def test_levels_that_are_wanted_and_missing_are_named_together() -> None:
     taps = {8: Tap(0, 1), 16: Tap(1, 1)}
     with pytest.raises(

@@ -101,7 +101,7 @@ def test_a_module_may_name_its_maps() -> None:
 
 @pytest.mark.parametrize("value", [torch.zeros(1, 4, 8, 8), [torch.zeros(1, 4)], ["map"], None])
 def test_what_is_no_list_of_maps_is_refused(value: Any) -> None:
-    with pytest.raises(ConfigError, match="^x: it has no pyramid, a list of maps"):
+    with pytest.raises(ConfigError, match=r"^x: it has no pyramid, a list of maps"):
         pyramid_taps(Returns(value), "x")
 
 

@@ -72,6 +72,17 @@ def test_gains_by_class_are_paired_too() -> None:
     assert list(arm["class_gains"]) == ["cat", "dog"]
 
 
+def test_a_class_that_the_plain_run_of_a_seed_lacks_counts_as_0_there() -> None:
+    base = [result("plain", 0, 0.3, cat=0.2), result("plain", 1, 0.3)]
+    taught = [result("cwd", 0, 0.4, cat=0.3), result("cwd", 1, 0.5, cat=0.5)]
+    summary = summarize(["plain", "cwd"], None, [*base, *taught])
+    arm = summary["arms"]["cwd"]
+    assert arm["class_gains"] == pytest.approx({"cat": (0.1 + 0.5) / 2})
+    assert arm["sd"] == pytest.approx(0.1 / 2**0.5)
+    assert arm["gap_closed"] is None, "there is no teacher"
+    assert list(summary["versions"]) == ["yolo_cwd", "ultralytics", "torch"]
+
+
 def test_one_pair_has_a_gain_and_no_interval() -> None:
     arm = summarize(["plain", "cwd"], TEACHER, [*PLAIN, result("cwd", 1, 0.33)])["arms"]["cwd"]
     assert (arm["gain"], arm["interval"], arm["sd"]) == (pytest.approx(0.01), None, None)

@@ -57,6 +57,7 @@ from ultralytics.utils.torch_utils import autocast
 import yolo_cwd
 from yolo_cwd import ConfigError, CWDLoss, CWDTrainer, channel_wise_divergence, digits
 from yolo_cwd.config import Settings
+from yolo_cwd.method import fused
 from yolo_cwd.method.distillation import Distillation
 from yolo_cwd.method.teacher import DTYPES, Precision, load_teacher, wait_for
 
@@ -273,10 +274,10 @@ class AsOnCuda(TorchFunctionMode):
 
 @contextmanager
 def counting() -> Iterator[Count]:
-    """Make tensors fake, and count what is done with them, with a GPU or without."""
+    """Make tensors fake, and count what is done with them, with a GPU or without; the kernel of fused.py runs there."""
     there = patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False)
     one_thread = torch.autograd.set_multithreading_enabled(False)
-    with FAKE, AsOnCuda(), Count() as found, there, one_thread:
+    with FAKE, AsOnCuda(), Count() as found, there, one_thread, patch.object(fused, "usable", return_value=True):
         yield found
 
 

@@ -1,13 +1,16 @@
 """What a step may not do, whatever the clock says."""
 
+import importlib.util
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import narrow
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from ultralytics.nn.modules.head import Detect
 
 from yolo_cwd.method.teacher import TeacherMaps
@@ -85,3 +88,56 @@ def test_the_teachers_maps_do_not_outlive_the_step(train: Callable[..., CWDTrain
     assert len(batches) == 2
     assert len(maps) == 6
     assert alive == [0, 0]
+BUDGETS = {"kernels": 150, "GB": 2.5}  # of the loss, the hooks and the meter, at 640 px and batch 16
+FORBIDDEN = ("index_add", "index_put", "nonzero", "_local_scalar_dense", "unique")  # slow, or they wait for the GPU
+
+
+class Names(TorchDispatchMode):
+    """Notes the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Any]:
+    """The benchmark as a module: it counts the steps of a GPU on paper."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("YOLO_CONFIG_DIR", "YOLO_OFFLINE", "YOLO_VERBOSE"):
+            patch.setenv(name, "of the script's choice")  # to be set back
+        spec = importlib.util.spec_from_file_location("bench", Path(__file__).parent.parent / "scripts" / "bench.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def test_the_loss_of_a_step_on_a_gpu_keeps_its_budgets(bench: Any, tmp_path: Path) -> None:
+    rows: dict[str, dict[str, Any]] = {}
+    words = bench.parse(["part=count", "device=cpu", f"out={tmp_path / 'found'}"])
+    bench.count(words, lambda name, **found: rows.update({name: found}))
+    found, larger = rows["ours, all, batch 16"], rows["ours, all, batch 64"]
+    for name, most in BUDGETS.items():
+        assert found[name] <= most, f"{name}: {found[name]}"
+    assert larger["kernels"] <= found["kernels"]
+    assert found["copies"] == larger["copies"] == 0
+
+
+@pytest.mark.parametrize("known", ["all", "some"])
+def test_a_step_on_a_gpu_neither_waits_nor_sorts(bench: Any, known: str) -> None:
+    student, distillation = bench.distilled(bench.parse(["student=yolov8n", "teacher=yolov8n", "device=cpu"]))
+    classes = next(term for term in distillation.terms if term.name == "classmap")
+    if known == "some":
+        classes.classes = list(range(79, -1, -1))
+        classes.known = torch.tensor(classes.classes)
+    for module, dtype in ((student, None), (distillation.terms, None), (distillation.teacher, torch.float16)):
+        bench.on_paper(module, dtype)
+    distillation.teacher.precision = bench.Precision("fp16")
+    with Names() as names:
+        bench.count_step(student, distillation, 2, 64)
+    assert "divergence" in names.seen
+    assert not [name for name in names.seen if name.startswith(FORBIDDEN)]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from yolo_cwd.method.divergence import wide_dtype
 from yolo_cwd.run import distributed
 
 MOMENTUM = 0.9  # of the running means: one step is noisy, but a few are as good as many
@@ -28,15 +29,17 @@ class GradientMeter:
     Attributes:
         names: The terms, in the order of the rows of all tensors here.
         means: Running means over the steps of two squared norms [K, 2]: of the task's gradient, and of the gradient of
-            a divergence with weight 1. 0 until known.
+            a divergence with weight 1. 0 until known. They change only as a whole: by another tensor.
+        recorded: Squared norms [K, 2] since the last optimizer step: the task's, and ours as weighted. Processes add
+            theirs before `step` and `count`.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device | None = None) -> None:
         """Start with nothing known."""
         self.names = list(names)
         self.means = torch.zeros(len(self.names), 2, device=device)
-        self._seen = torch.zeros_like(self.means)  # squared norms of the gradients: the task's, and ours as weighted
-        self._due = torch.zeros_like(self.means)  # for the next step, of weight 1, in all processes together
+        self.recorded = torch.zeros_like(self.means)
+        self._due = torch.zeros_like(self.means)  # for the next step, of weight 1
         self._epoch = torch.zeros_like(self.means)
 
     @property
@@ -59,7 +62,7 @@ class GradientMeter:
 
         def whole_has_come(whole: Tensor) -> None:
             if ours:
-                self.note(i, whole.float() - ours[0].float(), ours.pop())
+                self.note(i, whole - ours[0], ours.pop())
 
         maps.register_hook(whole_has_come)  # type: ignore[no-untyped-call]
         aliased: Tensor = alias
@@ -68,10 +71,10 @@ class GradientMeter:
     def note(self, i: int, task: Tensor, ours: Tensor) -> None:
         """Record the gradients that the task's loss and a weighted divergence send to the same maps."""
         with torch.no_grad():
-            self._seen[i] += squared_norms(task, ours)
+            self.recorded[i].add_(squared_norms(task, ours))
 
     def step(self, weights: Tensor, scale: Tensor | float = 1.0) -> None:
-        """Update the means from what was recorded since the last optimizer step, in all processes together.
+        """Update the means from what was recorded since the last optimizer step.
 
         Args:
             weights: The weights [K] that the divergences had in that time.
@@ -88,11 +91,11 @@ class GradientMeter:
             weights: The weights [K] that the divergences had in that time.
             scale: The loss scale that the gradients carry.
         """
-        squares = distributed.all_reduce_sum(self._seen) / scale**2
-        self._seen.zero_()
-        self._epoch += torch.where(_usable(squares), squares, 0)
+        squares = self.recorded / scale**2
+        self.recorded.zero_()
+        self._epoch += squares.masked_fill(~_usable(squares), 0)
         of_weight_1 = torch.stack([squares[:, 0], squares[:, 1] / weights.square()], 1)
-        self._due += torch.where((squares == 0).all(1, keepdim=True), 0, of_weight_1)
+        self._due += of_weight_1.masked_fill((squares == 0).all(1, keepdim=True), 0)
 
     def sample(self, squares: Tensor, weights: Callable[[], Tensor]) -> None:
         """Update the means from gradients that were taken outside a step, which may be due with some batches recorded.
@@ -116,9 +119,8 @@ class GradientMeter:
 
     def restore(self, state: Mapping[str, Sequence[float]]) -> None:
         """Continue from the means of an interrupted run; a term that it did not have begins with nothing known."""
-        for row, name in zip(self.means, self.names, strict=True):
-            if name in state:
-                row.copy_(torch.tensor(state[name]))
+        means = zip(self.means.tolist(), self.names, strict=True)
+        self.means = self.means.new_tensor([state.get(name, known) for known, name in means])
 
     def begin_epoch(self) -> None:
         """Forget the shares of the last epoch."""
@@ -136,15 +138,18 @@ def clip_gradients(parameters: Sequence[Tensor], most: Tensor) -> None:
     """Scale the gradients of parameters such that their norm is at most a value that stays on the device."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients:
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        norm = torch.stack(torch._foreach_norm(gradients)).norm()
         torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
 
 
 def squared_norms(*gradients: Tensor) -> Tensor:
-    """Return the squared norm of each gradient, in float32."""
-    return torch.stack([gradient.float().square().sum() for gradient in gradients])
+    """Return the squared norm of each gradient at the same maps, in float32 at least."""
+    if gradients[0].dtype == torch.float32:
+        return torch.stack([gradient.square().sum() for gradient in gradients])
+    norms = [torch.linalg.vector_norm(g, dtype=wide_dtype(g)) for g in gradients]  # without a copy in float32
+    return torch.stack(norms).square()
 
 
 def _usable(squares: Tensor) -> Tensor:
     """Return which rows of squares [K, 2] are usable [K, 1]: those without overflow and with a weight other than 0."""
-    return (squares.isfinite() & (squares > 0)).all(1, keepdim=True)
+    return ((squares > 0) & (squares < torch.inf)).all(1, keepdim=True)

@@ -172,11 +172,12 @@ class Distillation:
         Args:
             scale: The loss scale that the gradients carry, and so does the bound.
         """
-        if self.criterion is not None and self.is_on:
-            self.criterion.meter.step(self.criterion.weights, scale)
-        if parameters := list(self.terms.parameters()):
-            distributed.average_gradients(parameters)
-            clip_gradients(parameters, STUDENT_CLIP_NORM * scale)
+        if self.criterion is None or not self.is_on:
+            return
+        meter, parameters = self.criterion.meter, list(self.terms.parameters())
+        distributed.average_gradients(parameters, meter.recorded)
+        meter.step(self.criterion.weights, scale)
+        clip_gradients(parameters, STUDENT_CLIP_NORM * scale)
 
     def end_epoch(self, scale: Tensor) -> None:
         """Count what was measured since the last optimizer step among the epoch that ends.
@@ -185,7 +186,9 @@ class Distillation:
             scale: The loss scale that the gradients carry.
         """
         if self.criterion is not None and self.is_on:
-            self.criterion.meter.count(self.criterion.weights, scale)
+            meter = self.criterion.meter
+            meter.recorded.copy_(distributed.all_reduce_sum(meter.recorded))
+            meter.count(self.criterion.weights, scale)
 
     def join_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the adapters to Ultralytics' optimizer as the last group, so that warm-up and schedule apply to them."""

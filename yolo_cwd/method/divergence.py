@@ -29,8 +29,7 @@ def channel_wise_divergence(student: Tensor, teacher: Tensor, tau: float = 1.0) 
     Raises:
         ValueError: If the shapes differ.
     """
-    if student.shape != teacher.shape:
-        raise ValueError(f"student maps {tuple(student.shape)} and teacher maps {tuple(teacher.shape)} differ in shape")
+    require_equal_shapes(student, teacher)
     divergence: Tensor = _Divergence.apply(student, teacher.detach(), tau)
     return divergence
 
@@ -81,12 +80,18 @@ class _Divergence(torch.autograd.Function):
         return (difference * (upstream * ctx.scale)).to(ctx.dtype), None, None
 
 
+def require_equal_shapes(student: Tensor, teacher: Tensor) -> None:
+    """Refuse maps of different shapes."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"student maps {tuple(student.shape)} and teacher maps {tuple(teacher.shape)} differ in shape")
+
+
 def log_distribution(maps: Tensor, tau: float) -> Tensor:
     """Return the logarithm of every channel's distribution over the positions, [N, C, HW], of maps [N, C, H, W]."""
-    flat = maps.to(softmax_dtype(maps), memory_format=torch.contiguous_format).flatten(2)
+    flat = maps.to(wide_dtype(maps), memory_format=torch.contiguous_format).flatten(2)
     return F.log_softmax(flat if tau == 1 else flat / tau, dim=-1)
 
 
-def softmax_dtype(maps: Tensor) -> torch.dtype:
-    """Return the dtype for a softmax of maps: half precision overflows in the exponential."""
+def wide_dtype(maps: Tensor) -> torch.dtype:
+    """Return the dtype for exponentials and sums over maps: half precision overflows in them."""
     return torch.promote_types(maps.dtype, torch.float32)

@@ -64,7 +64,8 @@ class CWDLoss:
         self._balanced = torch.tensor([term.balanced for term in self._terms], device=device)
         self.batches_distilled, self.has_gradient = 0, False
         self.skipped_terms: Tensor | int = 0
-        self._sums, self._calls = torch.zeros(2, len(terms)), 0
+        self._sums, self._calls = torch.zeros(2, len(terms), device=device), 0
+        self._weighed: tuple[float, Tensor, Tensor] | None = None  # weight, means, and the weights that follow
 
     @property
     def _terms(self) -> list[Any]:
@@ -79,8 +80,11 @@ class CWDLoss:
     @property
     def weights(self) -> Tensor:
         """The weight of every term now [K]; 0 for a balanced one of which nothing is known yet."""
-        ratios = torch.where(self._balanced, self.meter.ratios.nan_to_num(0.0).clamp_max(MAX_RATIO), 1.0)
-        return self.weight * self._shares * ratios
+        known, means = self._weighed, self.meter.means
+        if known is None or known[0] != self.weight or known[1] is not means:
+            ratios = torch.where(self._balanced, self.meter.ratios.nan_to_num(0.0).clamp_max(MAX_RATIO), 1.0)
+            known = self._weighed = self.weight, means, self.weight * self._shares * ratios
+        return known[2]
 
     @property
     def is_balanced(self) -> bool:
@@ -149,9 +153,9 @@ class CWDLoss:
         return [pair._replace(student=self.meter.watch(i, pair.student)) for i, pair in enumerate(pairs)]
 
     def _finite(self, values: Tensor) -> Tensor:
-        finite = values.isfinite()
-        self.skipped_terms = self.skipped_terms + (~finite).sum().detach()  # on the device: reading would synchronize
-        return torch.where(finite, values, 0)
+        unusable = ~(values.detach() < torch.inf)  # or not a number; none is below 0
+        self.skipped_terms = self.skipped_terms + unusable.sum()  # on the device: reading would synchronize
+        return values.masked_fill(unusable, 0)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the wrapped criterion: end-to-end heads expect `update` once an epoch."""

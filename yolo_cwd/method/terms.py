@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from yolo_cwd.config import ConfigError, Settings
+from yolo_cwd.method import fused
 from yolo_cwd.method.divergence import channel_wise_divergence
 from yolo_cwd.method.fpn import Level, class_branches, class_maps_agree, student_scores
+from yolo_cwd.method.fused import Compared
 from yolo_cwd.method.regression import Regression
 from yolo_cwd.method.teacher import Teacher, TeacherMaps
 
@@ -64,6 +66,10 @@ class Term(nn.Module):
         """Return the divergence of some images, averaged over them; both sides as the two methods above return them."""
         raise NotImplementedError
 
+    def with_gradients(self, student: Tensor, teacher: Sequence[Tensor]) -> Compared:
+        """Return the same with its gradients, by the kernel (fused.py): for maps on a GPU, without autograd."""
+        raise NotImplementedError
+
     def observe(self, student: StudentMaps, teacher: TeacherMaps) -> None:
         """Gather a batch for `fit`."""
 
@@ -103,6 +109,10 @@ class LevelTerm(Term):
     def forward(self, student: Tensor, teacher: Sequence[Tensor]) -> Tensor:
         """Return the channel-wise divergence of the adapted map."""
         return channel_wise_divergence(self.adapter(student), teacher[0], self.tau)
+
+    def with_gradients(self, student: Tensor, teacher: Sequence[Tensor]) -> Compared:
+        """Return the same with its gradients for the map and the adapter."""
+        return fused.compare_adapted(student, teacher[0], self.adapter.weight, self.tau)
 
     def observe(self, student: StudentMaps, teacher: TeacherMaps) -> None:
         """Gather the maps of a batch."""
@@ -159,11 +169,38 @@ class ClassTerm(Term):
 
     def forward(self, student: Tensor, teacher: Sequence[Tensor]) -> Tensor:
         """Return the channel-wise divergences of the levels, summed."""
+        chosen = student if self._is_whole(student) else student.index_select(1, self.known)
+        terms = [channel_wise_divergence(ours, theirs, self.tau) for ours, theirs in self._pairs(chosen, teacher)]
+        return torch.stack(terms).sum()
+
+    def with_gradients(self, student: Tensor, teacher: Sequence[Tensor]) -> Compared:
+        """Return the same with its gradient for the logits."""
+        whole = self._is_whole(student)
+        chosen = student if whole else student.index_select(1, self.known)
+        images, classes = chosen.shape[:2]
+        made = chosen.new_zeros(images, classes + (not whole), *chosen.shape[2:])  # a last one for unknown classes
+        pairs = self._pairs(chosen, teacher)
+        scale = fused.scale_of(max(theirs[0, 0].numel() for _, theirs in pairs))
+        terms = [
+            fused.divergence_(ours, theirs, derivative, self.tau, scale)
+            for (ours, theirs), (derivative, _) in zip(pairs, self._pairs(made[:, :classes], teacher), strict=True)
+        ]
+        gradient = made if whole else made.index_select(1, self._places(student.shape[1]))
+        return Compared(torch.stack(terms).sum(), [gradient], self.tau / (images * classes * scale))
+
+    def _is_whole(self, student: Tensor) -> bool:
+        return self.classes == list(range(student.shape[1]))
+
+    def _places(self, classes: int) -> Tensor:
+        """Return where each class of the student is among the known ones; one past the last if it is not."""
+        numbers = torch.arange(len(self.classes), device=self.known.device)
+        return torch.full((classes,), len(numbers), device=self.known.device).scatter(0, self.known, numbers)
+
+    def _pairs(self, student: Tensor, teacher: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return the logits of student and teacher [N, known classes, positions] at every level that both have."""
         maps = self._by_level(student, teacher)
         shared = [x for x in self.levels if x.student_index < len(maps) and x.teacher_index < len(teacher)]
-        pairs = [(maps[x.student_index], teacher[x.teacher_index].flatten(2)) for x in shared]
-        terms = [channel_wise_divergence(ours.index_select(1, self.known), theirs, self.tau) for ours, theirs in pairs]
-        return torch.stack(terms).sum()
+        return [(maps[x.student_index], teacher[x.teacher_index].flatten(2)) for x in shared]
 
     def _by_level(self, student: Tensor, teacher: Sequence[Tensor]) -> Sequence[Tensor]:
         if student.ndim == 4:

@@ -80,19 +80,22 @@ def broadcast_module(module: nn.Module) -> None:
             dist.broadcast(value, src=0)
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average gradients over the processes, as `DistributedDataParallel` does with the student's.
+def average_gradients(parameters: Iterable[nn.Parameter], total: torch.Tensor) -> None:
+    """Average gradients over the processes, as `DistributedDataParallel` does with the student's, and add up a tensor.
 
     All go in one message: they are few, and needed only once per optimizer step.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not dist.is_initialized() or not gradients:
+    if not dist.is_initialized():
         return
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    tensors = [total, *gradients]
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
-    means = torch.split(flat / dist.get_world_size(), [gradient.numel() for gradient in gradients])
-    for gradient, mean in zip(gradients, means, strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    sums = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, values in zip(tensors, sums, strict=True):
+        tensor.copy_(values.view_as(tensor))
+    if gradients:
+        torch._foreach_div_(gradients, dist.get_world_size())
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -11,6 +11,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from yolo_cwd import channel_wise_divergence
+from yolo_cwd.method import fused
 from yolo_cwd.method.kernel import launch
 
 warnings.simplefilter("ignore")  # NumPy's, where numbers are infinite
@@ -39,6 +41,14 @@ def ordered(maps: Tensor, channels_last: bool) -> Tensor:
     return maps.mT.contiguous().mT if channels_last else maps
 
 
+def adapted() -> float:
+    """Return the error of a divergence of which the derivative takes the place of the adapted map."""
+    student, teacher, weight = torch.randn(2, 5, 8, 6), torch.randn(2, 20, 8, 6), torch.randn(20, 5, 1, 1)
+    maps = torch.einsum("dc,nchw->ndhw", weight[..., 0, 0].double(), student.double())
+    exact = channel_wise_divergence(maps, teacher.double(), TAU)
+    return error(fused.compare_adapted(student, teacher, weight, TAU).value, exact)
+
+
 def main() -> None:
     """Compare all cases."""
     found: dict[str, dict[str, float]] = {}
@@ -60,6 +70,8 @@ def main() -> None:
     student[1, 2, 3] = torch.inf
     channels = launch(student, teacher, torch.empty_like(student), TAU, 1.0)
     found["one infinite number"] = {"channels that are not finite": int((~channels.isfinite()).sum())}
+    found["trial"] = {"error": fused.trial(torch.device("cpu"))}
+    found["adapted"] = {"value": adapted()}
     json.dump(found, sys.stdout)
 
 

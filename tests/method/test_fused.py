@@ -46,6 +46,32 @@ def test_what_is_not_finite_stays_so_in_its_own_channel(errors: dict[str, dict[s
     assert errors["one infinite number"] == {"channels that are not finite": 1}
 
 
+def test_the_kernel_passes_the_trial_and_overwrites_what_it_has_read(errors: dict[str, dict[str, float]]) -> None:
+    assert errors["trial"]["error"] < 1e-3
+    assert errors["adapted"]["value"] < 1e-5
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(75, "fp16"), (80, "bf16"), (90, "fp16"), (90, "fp32")])
+@pytest.mark.parametrize("together", [1, 16])
+def test_the_kernel_compiles_for_gpus_that_are_not_there(
+    capability: int, dtype: str, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton", minversion="3.3")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from yolo_cwd.method.kernel import TILE, _divergence
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sizes = {"TOGETHER": together, "AT_ONCE": TILE // together}
+    types = dict.fromkeys(("student", "teacher", "gradient"), f"*{dtype}") | dict.fromkeys(sizes, "constexpr")
+    types |= {"found": "*fp32", "tau": "fp32", "scale": "fp32"}
+    signature = {name: types.get(name, "i32") for name in _divergence.arg_names}
+    source = ASTSource(fn=_divergence, signature=signature, constexprs=sizes)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+    assert made.asm["cubin"]
+
+
 def plainly(student: Tensor, teacher: Tensor, derivative: Tensor, tau: float, scale: float) -> Tensor:
     """What the kernel does, in float64."""
     log_q, log_p = ((m.double() / tau).log_softmax(-1) for m in (student, teacher))

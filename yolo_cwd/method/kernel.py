@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -39,27 +37,27 @@ def launch(student: Tensor, teacher: Tensor, gradient: Tensor, tau: float, scale
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _divergence(
-    student: Any,
-    teacher: Any,
-    gradient: Any,
-    found: Any,
-    channels: Any,
-    positions: Any,
-    tau: Any,
-    scale: Any,
-    student_n: Any,
-    student_c: Any,
-    student_p: Any,
-    teacher_n: Any,
-    teacher_c: Any,
-    teacher_p: Any,
-    gradient_n: Any,
-    gradient_c: Any,
-    gradient_p: Any,
+def _divergence(  # type: ignore[no-untyped-def] # Triton does not compile annotations of types that it does not know
+    student,
+    teacher,
+    gradient,
+    found,
+    channels,
+    positions,
+    tau,
+    scale,
+    student_n,
+    student_c,
+    student_p,
+    teacher_n,
+    teacher_c,
+    teacher_p,
+    gradient_n,
+    gradient_c,
+    gradient_p,
     TOGETHER: tl.constexpr,  # noqa: N803
     AT_ONCE: tl.constexpr,  # noqa: N803
-) -> None:
+):
     n = tl.program_id(0).to(tl.int64)  # offsets of a large batch leave 32 bits
     c = (tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)).to(tl.int64)
     first = tl.arange(0, AT_ONCE).to(tl.int64)

@@ -88,6 +88,8 @@ def test_the_teachers_maps_do_not_outlive_the_step(train: Callable[..., CWDTrain
     assert len(batches) == 2
     assert len(maps) == 6
     assert alive == [0, 0]
+
+
 BUDGETS = {"kernels": 150, "GB": 2.5}  # of the loss, the hooks and the meter, at 640 px and batch 16
 FORBIDDEN = ("index_add", "index_put", "nonzero", "_local_scalar_dense", "unique")  # slow, or they wait for the GPU
 

@@ -6,9 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from test_trainer import rows
+from torch import nn
 
-from yolo_cwd import CWDTrainer
-from yolo_cwd.method.balance import GradientMeter, clip_gradients
+from yolo_cwd import CWDLoss, CWDTrainer
+from yolo_cwd.method.balance import GradientMeter, clip_gradients, squared_norms
+from yolo_cwd.method.terms import Term
 
 
 def norms(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -143,3 +145,24 @@ def test_gradients_are_clipped_as_by_torch(most: float) -> None:
     torch.nn.utils.clip_grad_norm_(sides[1], most)
     for ours, theirs in zip(*sides, strict=True):
         assert torch.allclose(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_squared_norms_are_beyond_the_range_of_half_precision(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [(factor * torch.randn(2, 3, 40, 40, generator=generator)).to(dtype) for factor in (1e3, 1e-3)]
+    expected = [gradient.double().square().sum().item() for gradient in gradients]
+    assert squared_norms(*gradients).tolist() == pytest.approx(expected, rel=1e-3)
+    gradients[0][0, 0, 0, 0] = math.inf
+    assert squared_norms(*gradients)[0] == math.inf
+
+
+def test_the_weights_follow_what_is_measured_at_once() -> None:
+    criterion = CWDLoss(None, nn.ModuleList([Term("P3", 0.5)]), weight=2.0)
+    criterion.meter.sample(torch.tensor([[9.0, 1.0]]), lambda: criterion.weights)
+    assert criterion.weights.item() == pytest.approx(3.0)
+    assert criterion.weights is criterion.weights  # computed once
+    criterion.weight = 4.0
+    assert criterion.weights.item() == pytest.approx(6.0)
+    criterion.meter.restore({"P3": [4.0, 1.0]})
+    assert criterion.weights.item() == pytest.approx(4.0)

@@ -142,9 +142,8 @@ def test_a_term_has_the_gradients_of_autograd(
 
 @pytest.mark.usefixtures("as_on_gpu")
 def test_gradients_too_small_for_half_precision_are_kept() -> None:
-    make, student, teacher = CASES["level"]
-    term, student = make(), student.half().requires_grad_()
-    (found,) = divergences([Pair(term, student, [teacher[0].half()])])
+    student, teacher = maps(1, 5, 80, 80, seed=1, dtype=torch.float16), maps(1, 20, 80, 80, dtype=torch.float16)
+    (found,) = divergences([Pair(adapter_term(), student.requires_grad_(), [teacher])])
     stored = found.grad_fn.saved_tensors[0]
     (gradient,) = torch.autograd.grad(found * 1e5, student)  # a factor beyond float16
     assert gradient.isfinite().all()

@@ -43,7 +43,7 @@ from yolo_cwd.run import distributed, request, results, teacher_stage, torchrun
 from yolo_cwd.run.files import atomic_checkpoints, atomic_strip, content_of
 from yolo_cwd.run.folder import RunFolder
 from yolo_cwd.run.interrupted import require_fit
-from yolo_cwd.run.refusal import require_autocast, unusable_student
+from yolo_cwd.run.refusal import require_autocast, require_models, unusable_student
 from yolo_cwd.run.state import FILE as STATE_FILE
 from yolo_cwd.run.state import set_aside
 from yolo_cwd.tasks import TASKS, task_of_trainer
@@ -128,6 +128,7 @@ class CWDTrainer(DetectionTrainer):
             teacher = load_teacher(self.settings.teacher, self.settings.trust_teacher)
             arguments["data"] = digits.resolve(arguments.get("data", asked.base["data"]), self.task.name)
             args = get_cfg(asked.base, arguments)
+            require_models(vars(args))
             self.stage, self.settings = self.plan_teacher(teacher, args, asked.goes_on)
         self.labeler = self.make_labeler(args) if self.settings.labeling else None
         if self.labeler:

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from ultralytics import RTDETR, YOLO
 from ultralytics.nn.tasks import load_checkpoint, torch_safe_load, yaml_model_load
-from ultralytics.utils.checks import check_model_file_from_stem
+from ultralytics.utils import SETTINGS
+from ultralytics.utils.checks import check_model_file_from_stem, check_yolov5u_filename
+from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from yolo_cwd.config import ConfigError, first_line, refused_as, unusable_model
 
@@ -37,7 +39,19 @@ def load_model(path: str, argument: str, trust: bool) -> nn.Module:
         return _checkpoint(path, argument, trust) if suffix == ".pt" else _untrained(path)
 
 
+def is_obtainable(checkpoint: str | Path) -> bool:
+    """Return whether a checkpoint is there, or one that Ultralytics downloads.
+
+    For any other name Ultralytics asks the network all the same, and waits for a minute where there is none.
+    """
+    name = check_yolov5u_filename(check_model_file_from_stem(str(checkpoint).strip()), verbose=False)
+    here = Path(name).exists() or (Path(SETTINGS["weights_dir"]) / name).exists()
+    return here or name.lower().startswith(("http:/", "https:/")) or Path(name).name in GITHUB_ASSETS_NAMES
+
+
 def _checkpoint(path: str, argument: str, trust: bool) -> nn.Module:
+    if not is_obtainable(path):
+        raise FileNotFoundError(path)
     file = check_model_file_from_stem(path)
     content, _ = torch_safe_load(file, safe_only=not trust)  # here only: a switch would affect all threads
     held = [content.get(name) for name in ("ema", "model")] if isinstance(content, dict) else []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_cwd.config import ConfigError, first_line, unusable_data, unusable_model
+from yolo_cwd.method.checkpoint import is_obtainable
 
 PLACES = {"get_dataset": "data", "get_dataloader": "data", "setup_model": "model"}  # what each function works on
 PACKAGES = {"modelopt": "nvidia-modelopt"}  # where the name of a module is not that of its package
@@ -44,6 +45,24 @@ def refusal(error: BaseException, arguments: Mapping[str, Any]) -> ConfigError:
         package = PACKAGES.get(str(error.name), error.name)
         return ConfigError(f"{what}: needs the package {package}, which is not installed; pip install {package}")
     return ConfigError(first_line(error))
+
+
+def require_models(arguments: Mapping[str, Any]) -> None:
+    """Refuse a training whose student or `pretrained` weights are neither there nor known to Ultralytics.
+
+    Args:
+        arguments: The arguments of the training.
+
+    Raises:
+        ConfigError: For the first of them.
+    """
+    student = arguments.get("model") or arguments.get("student")
+    given = {"student": student if str(student).lower().endswith(".pt") else None}
+    if not arguments.get("resume"):
+        given["pretrained"] = arguments.get("pretrained")
+    for name, value in given.items():
+        if isinstance(value, str | Path) and not is_obtainable(value):
+            raise unusable_student({name: value}, FileNotFoundError())
 
 
 def unusable_student(arguments: Mapping[str, Any], error: BaseException) -> ConfigError:

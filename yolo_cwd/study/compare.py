@@ -511,8 +511,11 @@ def _find_interrupted(folder: Path) -> Left | None:
     It starts again if its checkpoint is torn (Ultralytics writes it in place); if it was made in another folder, where
     the rest would then go; or if it has a time limit, which would start anew.
     """
+    last = folder / "weights" / "last.pt"
+    if not last.is_file():  # Ultralytics would search the network for it
+        return None
     try:
-        checkpoint = load_checkpoint(folder / "weights" / "last.pt")[1]
+        checkpoint = load_checkpoint(last)[1]
         epoch, arguments = checkpoint["epoch"] + 1, checkpoint["train_args"]
         complete = epoch in {0, arguments["epochs"]}  # Ultralytics numbers a stripped one -1
         if not complete and (arguments["save_dir"] != str(folder) or arguments["time"]):

@@ -15,7 +15,7 @@ from ultralytics.utils.torch_utils import unset_deterministic
 
 from yolo_cwd.config import refused_as
 from yolo_cwd.method.prepare import choose_precision
-from yolo_cwd.run.refusal import refusal
+from yolo_cwd.run.refusal import refusal, require_models
 from yolo_cwd.run.shared import SharedChange
 from yolo_cwd.tasks import Task
 from yolo_cwd.trainer import CWDTrainer
@@ -92,6 +92,7 @@ def set_up(trainer_class: type[Any], words: dict[str, Any], folder: Path) -> Any
     Raises:
         ConfigError: If the training could not begin.
     """
+    require_models(words)
     given = {name: value for name, value in words.items() if name != "save_dir"}
     with refused_as(lambda error: refusal(error, words)):
         trainer = trainer_class(overrides={**given, **SCRATCH, "project": str(folder)})

@@ -20,7 +20,7 @@ from yolo_cwd import __version__
 from yolo_cwd.cli import command_of, main, parse
 from yolo_cwd.config import OPTIONS, ConfigError, Settings
 from yolo_cwd.run.request import read
-from yolo_cwd.study.compare import OWN_ARGUMENTS
+from yolo_cwd.study.comparison import OWN_ARGUMENTS
 from yolo_cwd.trainer import CWDTrainer
 
 

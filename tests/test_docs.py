@@ -26,7 +26,7 @@ from ultralytics.cfg import DEFAULT_CFG_DICT, entrypoint
 from yolo_cwd import cli, digits
 from yolo_cwd.config import OPTIONS, Settings, check_names, split_options
 from yolo_cwd.run.request import EXTRA_ARGUMENTS
-from yolo_cwd.study.compare import Comparison
+from yolo_cwd.study.comparison import Comparison
 from yolo_cwd.tasks import ALL
 from yolo_cwd.trainer import CWDTrainer
 

@@ -9,11 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 from yolo_cwd import __version__
-from yolo_cwd.config import OPTIONS, ConfigError, first_line, merge, read_cfg
+from yolo_cwd.config import OPTIONS, ConfigError, at_home, first_line, merge, path_or_value, read_cfg
 
 HELP = """\
 yolo_cwd: a small YOLO learns from a larger one while it trains (channel-wise distillation)
@@ -92,7 +91,6 @@ Examples:
 
 HELPS = {"train": HELP_TRAIN, "check": HELP_CHECK, "compare": HELP_COMPARE}
 TASKS = ("detect", "segment", "pose", "obb", "semantic", "depth", "classify")  # as 'yolo' has them
-IMAGES = ("source", "unlabeled")  # arguments that name files and folders of images
 ELSEWHERE = ("val", "predict", "export", "track", "benchmark")  # commands of 'yolo' alone
 
 
@@ -328,16 +326,15 @@ def parse(words: list[str]) -> dict[str, Any]:
                 key, value = parse_key_value_pair(word.rstrip(","))
             except (AssertionError, ValueError, SyntaxError) as error:
                 raise ConfigError(f"{word}: has no value; write it as key=value") from error
-            if key in IMAGES and isinstance(value, int | float) and not isinstance(value, bool):
-                value = word.partition("=")[2].strip()  # a folder such as 2024_06_15 is no number
-            given[key] = str(Path(value).expanduser()) if str(value).startswith("~/") else value
+            given[key] = path_or_value(key, word.partition("=")[2].strip(), value)
         elif isinstance(OPTIONS[word].default if word in OPTIONS else DEFAULT_CFG_DICT.get(word), bool):
             given[word] = True  # a bare switch, as 'yolo train cos_lr' has it
         else:
             raise ConfigError(f"{word}: not of the form key=value; 'yolo_cwd help train' shows examples")
-    file = given.pop("cfg", None)
+    file = at_home(given.pop("cfg", None))
     below = read_cfg(check_yaml(file, hard=False) or file) if file else {}
     try:
-        return merge(_handle_deprecation(below), _handle_deprecation(given))
+        everything = merge(_handle_deprecation(below), _handle_deprecation(given))
+        return {name: at_home(value) for name, value in everything.items()}
     except TypeError as error:
         raise ConfigError(first_line(error)) from error

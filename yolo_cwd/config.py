@@ -25,6 +25,7 @@ BALANCED, AUTO = "balanced", "auto"  # what cwd, class_share and teacher_epochs 
 WEIGHT_COLUMN = "train/cwd_weight"  # of results.csv: the overall weight
 LONGEST, REMEDY = 299, 190  # the most characters of a message, and how many of its end are always kept
 SYNONYMS = {"student", "model"}
+IMAGES = ("source", "unlabeled")  # arguments that name files and folders of images
 POOL_CLASSES = ("all", "known")
 TEACHER_DTYPES = ("auto", "fp32", "bf16", "fp16")
 
@@ -356,13 +357,33 @@ def with_suffix(model: str) -> str:
     return model if Path(model).suffix else f"{model}.pt"
 
 
+def at_home(value: Any) -> Any:
+    """Return a value with the user's home folder filled in: for a path below `~`, or each item of a list."""
+    if isinstance(value, list | tuple):
+        return type(value)([at_home(item) for item in value])
+    is_below = isinstance(value, str | Path) and (str(value) == "~" or str(value).startswith("~/"))
+    return type(value)(Path(value).expanduser()) if is_below else value
+
+
+def path_or_value(name: str, text: str, value: Any) -> Any:
+    """Return what was typed for an argument: the text where it names images, since a folder 2024_06_15 is no number.
+
+    Args:
+        name: The argument.
+        text: What was typed.
+        value: The same, as Ultralytics reads it.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return text if name in IMAGES and is_number else value
+
+
 def model_path(argument: str, value: str | Path) -> str:
     """Return the path of a model, with its suffix and the user's home filled in.
 
     Raises:
         ConfigError: If it is a folder.
     """
-    path = Path(value).expanduser() if str(value).startswith("~/") else value
+    path = at_home(value)
     named = with_suffix(str(path))
     if Path(path).is_dir() and not Path(named).is_file():
         raise ConfigError(f"{argument}={value}: is a folder; name the model in it, such as {value}/weights/best.pt")
@@ -416,7 +437,7 @@ def _paths(name: str, value: Any) -> tuple[str, ...]:
     paths = () if value is None else value
     if not isinstance(paths, list | tuple) or not all(isinstance(p, str | Path | int) and str(p) for p in paths):
         raise ConfigError(f"{name}={value}: not a path; give a folder, a glob, a .txt list, or several with commas")
-    return tuple(str(Path(str(path).strip()).absolute()) for path in paths)
+    return tuple(str(Path(at_home(str(path).strip())).absolute()) for path in paths)
 
 
 def _level_weights(value: Any) -> tuple[float, ...]:

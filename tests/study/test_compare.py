@@ -19,7 +19,7 @@ from yolo_cwd.config import ConfigError
 from yolo_cwd.run.results import read_rows
 from yolo_cwd.run.score import SILENT
 from yolo_cwd.study import compare
-from yolo_cwd.study.compare import Comparison, parse_arms, parse_seeds
+from yolo_cwd.study.comparison import Comparison, parse_seeds
 from yolo_cwd.study.summary import as_text, paired_interval, summarize, table, write_summary
 
 SHORT = {"imgsz": 64, "batch": 4, "epochs": 1, "plots": False, "device": "cpu", "amp": False, "verbose": False}
@@ -38,54 +38,6 @@ def words(data: str, checkpoints: Path, tmp_path: Path) -> dict[str, Any]:
         "folder": folder,
         **SHORT,
     }
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("plain,warm:tau=4,cwd=0", [("plain", "plain", {}), ("warm", "cwd", {"tau": 4, "cwd": 0})]),
-        ("plain,cwd,builtin", [("plain", "plain", {}), ("cwd", "cwd", {}), ("builtin", "builtin", {})]),
-        (
-            "plain,cwd:tau=2,cwd=20,builtin",
-            [("plain", "plain", {}), ("cwd_tau=2_cwd=20", "cwd", {"tau": 2, "cwd": 20}), ("builtin", "builtin", {})],
-        ),
-        ("cwd:levels=P3", [("cwd_levels=P3", "cwd", {"levels": "P3"})]),
-    ],
-)
-def test_arms(given: str, expected: list[tuple[str, str, dict[str, Any]]]) -> None:
-    assert [arm[:3] for arm in parse_arms(given)] == expected
-
-
-def test_arms_from_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "arms.yaml"
-    file.write_text(yaml.safe_dump({"plain": None, "warm": {"method": "cwd", "tau": 4.0}, "cwd": {}}))
-    assert {arm.name: (arm.method, arm.arguments) for arm in parse_arms(str(file))} == {
-        "plain": ("plain", {}),
-        "warm": ("cwd", {"tau": 4.0}),
-        "cwd": ("cwd", {}),
-    }
-
-
-def test_arms_with_models_of_their_own(tmp_path: Path) -> None:
-    file = tmp_path / "arms.yaml"
-    slim = {"method": "plain", "student": "slim.yaml"}
-    taught = {"method": "cwd", "student": "slim.yaml", "teacher": "other", "against": "slim"}
-    file.write_text(yaml.safe_dump({"plain": {}, "slim": slim, "taught": taught}, sort_keys=False))
-    arms = parse_arms(str(file))
-    assert [(arm.name, arm.arguments, arm.against) for arm in arms] == [
-        ("plain", {}, "plain"),
-        ("slim", {"model": "slim.yaml"}, "plain"),
-        ("taught", {"teacher": "other", "model": "slim.yaml"}, "slim"),
-    ]
-    file.write_text(yaml.safe_dump({"cwd": {"against": "nothing"}}))
-    with pytest.raises(ConfigError, match="against=nothing: arm cwd"):
-        parse_arms(str(file))
-
-
-@pytest.mark.parametrize("given", ["", "plain,plain", "magic", "cwd:", "cdw:tau=2", "cwd:tua=2", "absent.yaml"])
-def test_refused_arms(given: str) -> None:
-    with pytest.raises(ConfigError):
-        parse_arms(given)
 
 
 def test_seeds() -> None:
@@ -357,7 +309,8 @@ def test_statistics() -> None:
 def test_only_seeds_of_both_arms_are_paired() -> None:
     arm = summarize(["plain", "cwd"], TEACHER, [*RESULTS, result("cwd", 9, 0.9)])["arms"]["cwd"]
     assert arm["gain"] == pytest.approx(0.03)
-    assert arm["runs"] == 4
+    assert (arm["runs"], arm["pairs"]) == (4, 3)
+    assert summarize(["plain", "cwd"], TEACHER, RESULTS[1:])["arms"]["cwd"]["pairs"] == 2
 
 
 def test_an_arm_may_be_compared_with_another_one() -> None:
@@ -383,7 +336,7 @@ def test_table_and_files(tmp_path: Path) -> None:
     summary = write_summary(tmp_path)
     shown = as_text(table(summary)).splitlines()
     assert shown[1].split() == ["teacher", "41.0", "60.0"]
-    assert shown[3].split() == ["cwd", "3", "34.0", "1.0", "68.0", "+3.0", "+0.5", "to", "+5.5", "30%", "1.20x"]
+    assert shown[3].split() == ["cwd", "3", "34.0", "1.0", "68.0", "+3.0", "3", "+0.5", "to", "+5.5", "30%", "1.20x"]
     assert "| cwd | 3 | 34.0 |" in (tmp_path / "summary.md").read_text()
     assert json.loads((tmp_path / "summary.json").read_text())["teacher"] == TEACHER
     assert sorted(p.name for p in tmp_path.glob(".*")) == []

@@ -97,12 +97,9 @@ def key_of(teacher: Any, data: Mapping[str, Any], arguments: Mapping[str, Any]) 
     """
     splits = {split: files for split in ("train", "val") if (files := images_of(data, split))}
     images = [file for files in splits.values() for file in files]
-    labels = [*img2label_paths(images)]
-    for folder, end in ((data.get("masks_dir"), ".png"), ("depth", ".png"), ("depth", ".npy")):
-        files = img2label_paths(images, folder, end) if folder else []
-        labels += [file for file in files if Path(file).is_file()]
     values = {name: value for name, value in arguments.items() if name not in NO_MATTER}
-    parts = [_content_of(teacher), data["names"], list(splits), get_hash(images + labels), sorted(values.items())]
+    files = get_hash(images + labels_of(data, images))
+    parts = [content_of(teacher), data["names"], list(splits), files, sorted(values.items())]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
@@ -114,8 +111,17 @@ def images_of(data: Mapping[str, Any], split: str) -> list[str]:
     return found
 
 
-def _content_of(teacher: Any) -> str:
-    """Return a hash of a teacher's content."""
+def labels_of(data: Mapping[str, Any], images: list[str]) -> list[str]:
+    """Return the label files of images, whether they are there or not, and the maps of labels that are."""
+    labels = [*img2label_paths(images)]
+    for folder, end in ((data.get("masks_dir"), ".png"), ("depth", ".png"), ("depth", ".npy")):
+        files = img2label_paths(images, folder, end) if folder else []
+        labels += [file for file in files if Path(file).is_file()]
+    return labels
+
+
+def content_of(teacher: Any) -> str:
+    """Return a hash of the content of a model: a path or known name, or the model itself."""
     digest = hashlib.sha256()
     if not isinstance(teacher, str | Path):
         network = teacher if isinstance(teacher, nn.Module) else teacher.model

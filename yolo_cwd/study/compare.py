@@ -3,7 +3,7 @@
 
 It trains every arm (a named set of options) with every seed, under the same schedule and data, into one folder:
 
-    comparison.yaml            what is compared; the same command resumes it, and new arms and seeds are added to it
+    comparison.yaml            what is compared, see record.py; the same command resumes it, and adds new arms and seeds
     runs/<arm>-<seed>/         one Ultralytics run each; a killed run resumes from its last epoch
     teacher/                   the teacher, if it does not know the data: trained first, once for all arms
     results/<arm>-<seed>.json  its scores, written when the run is complete; results/teacher.json for the teacher
@@ -16,259 +16,39 @@ Several processes may work on one folder: each takes the first run that is neith
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import yaml
-from filelock import FileLock, Timeout
-from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg, get_save_dir, smart_value
+from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, colorstr
-from ultralytics.utils.torch_utils import parse_device, strip_optimizer
+from ultralytics.utils.torch_utils import strip_optimizer
 
 from yolo_cwd import digits
-from yolo_cwd.config import (
-    OPTIONS,
-    ConfigError,
-    Settings,
-    check_names,
-    first_line,
-    model_path,
-    read_yaml,
-    split_options,
-)
+from yolo_cwd.config import ConfigError, Settings, split_options
 from yolo_cwd.method.teacher import load_teacher
-from yolo_cwd.run.files import write_atomic
 from yolo_cwd.run.refusal import unwritable
-from yolo_cwd.run.request import EXTRA_ARGUMENTS, refuse_unsupported, student_path
 from yolo_cwd.run.results import drop_rows_after, read_rows
 from yolo_cwd.run.score import classes_of_data, knows, score
 from yolo_cwd.run.teacher_record import FOLDER
 from yolo_cwd.run.teacher_stage import TeacherStage, planned
+from yolo_cwd.study import results
+from yolo_cwd.study.arms import METHODS, Arm
+from yolo_cwd.study.comparison import Comparison
+from yolo_cwd.study.content import contents
 from yolo_cwd.study.dry_run import DistilledDryRun, plain_dry_run, scratch_folder, set_up, silence
-from yolo_cwd.study.summary import BASELINE, RECORD, as_text, table, write_summary
-from yolo_cwd.tasks import Task, task_of_student
+from yolo_cwd.study.record import claim, joined, locked
+from yolo_cwd.study.summary import RECORD, as_text, summary_of, table, write_summary
+from yolo_cwd.tasks import Task
 from yolo_cwd.trainer import CWDTrainer
 
-METHODS = ("plain", "cwd", "builtin")
-OWN_ARGUMENTS = {"arms", "seeds", "split", "folder"}
-SPLITS = ("val", "test", "train")
 POLL_SECONDS = 2.0
-
-
-class Arm(NamedTuple):
-    """A named way of training: one of `METHODS`, with its own arguments and options, which may include the models.
-
-    Attributes:
-        name: The name it is shown by.
-        method: One of `METHODS`.
-        arguments: Its arguments and options.
-        against: The arm that its scores are compared with.
-    """
-
-    name: str
-    method: str
-    arguments: dict[str, Any]
-    against: str = BASELINE
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared.
-
-    Attributes:
-        folder: Where everything goes.
-        teacher: The checkpoint to learn from.
-        arguments: Training arguments and options that all arms share.
-        arms: The arms, in the order in which they are trained and shown.
-        seeds: The seeds; every arm is trained once with each.
-        split: The split that the finished models are scored on.
-        task: The task of the student.
-        trained: The teacher once it is trained on the data; None if it learns nothing first.
-    """
-
-    folder: Path
-    teacher: str
-    arguments: dict[str, Any]
-    arms: tuple[Arm, ...]
-    seeds: tuple[int, ...]
-    split: str
-    task: Task
-    trained: str | None = None
-
-    @classmethod
-    def parse(cls, words: dict[str, Any]) -> Comparison:
-        """Check the arguments of the command and return the comparison they describe.
-
-        Raises:
-            ConfigError: If one of them cannot be used.
-        """
-        for name, remedy in {"seed": "seeds", "project": "folder", "name": "folder", "resume": "folder"}.items():
-            if name in words:
-                raise ConfigError(f"{name}={words[name]}: every run of a comparison has its own; use {remedy}=")
-        own = {name: words[name] for name in OWN_ARGUMENTS & words.keys()}
-        shared = {name: value for name, value in words.items() if name not in OWN_ARGUMENTS}
-        options, arguments = split_options(shared)
-        check_names(arguments, {*DEFAULT_CFG_DICT, *EXTRA_ARGUMENTS, *OWN_ARGUMENTS})
-        student = student_path(options.pop("student", None), arguments.pop("model", None), None)
-        _check(arguments)
-        teacher = Settings.parse(options).teacher
-        options.pop("teacher", None)
-        task = task_of_student(student, arguments.pop("task", None))
-        arms = parse_arms(own.get("arms", ",".join(METHODS[: 3 if task.builtin else 2])))
-        for arm in arms:
-            if arm.method == "builtin" and not task.builtin:
-                raise ConfigError(
-                    f"arms={arm.name}: Ultralytics' own distillation takes no task={task.name}; leave it out"
-                )
-            arm_options, arm_arguments = split_options(arm.arguments)
-            Settings.parse({**options, "teacher": teacher, **arm_options})
-            _check({**arguments, **arm_arguments})
-        folder = str(own.get("folder") or "") or get_save_dir(
-            SimpleNamespace(project="", task=task.name, name="compare", mode="train", exist_ok=True)
-        )
-        split = own.get("split", SPLITS[0])
-        if split not in SPLITS:
-            raise ConfigError(f"split={split}: must be one of {', '.join(SPLITS)}")
-        shared = {**arguments, **options, "model": student}
-        seeds = parse_seeds(own.get("seeds", 3))
-        return cls(Path(folder).resolve(), str(teacher), shared, arms, seeds, split, task)
-
-    def runs(self) -> Iterator[tuple[Arm, int]]:
-        """Yield arm and seed of every run: all arms of one seed before the next seed, so that they advance together."""
-        for seed in self.seeds:
-            for arm in self.arms:
-                yield arm, seed
-
-    def teacher_of(self, arm: Arm) -> str:
-        """Return the checkpoint that an arm learns from: its own, or the shared one, trained first or as it is."""
-        own = {**self.arguments, **arm.arguments}
-        as_it_is = "teacher" in arm.arguments or own.get("teacher_epochs") == 0 or own.get("complete_labels")
-        shared = self.teacher if as_it_is else self.trained or self.teacher
-        return model_path("teacher", str(arm.arguments.get("teacher", shared)))
-
-    def result_file(self, name: str) -> Path:
-        """Return the file that holds the scores of a complete run, or of the teacher."""
-        return self.folder / "results" / f"{name}.json"
-
-    def record(self) -> dict[str, Any]:
-        """Return everything that decides the outcome, as plain values."""
-        return {
-            "task": self.task.name,
-            "teacher": self.teacher,
-            "split": self.split,
-            "seeds": list(self.seeds),
-            "arguments": self.arguments,
-            "arms": {arm.name: _plain(arm) for arm in self.arms},
-        }
-
-
-def _plain(arm: Arm) -> dict[str, Any]:
-    against = {} if arm.against == BASELINE else {"against": arm.against}
-    return {"method": arm.method, **arm.arguments, **against}
-
-
-def _check(arguments: dict[str, Any]) -> None:
-    try:
-        args = get_cfg(overrides={**arguments})
-        refuse_unsupported(args)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(first_line(error)) from error
-    if args.batch < 1:
-        raise ConfigError(f"batch={args.batch}: would be another in every arm; give a number of images, batch=16")
-    if "," in (device := parse_device(arguments.get("device"))):
-        raise ConfigError(
-            f"device={device}: a run of a comparison has one device; start the comparison once for each, with "
-            "CUDA_VISIBLE_DEVICES=0, 1 and so on: the runs are shared out"
-        )
-
-
-def parse_seeds(value: Any) -> tuple[int, ...]:
-    """Return the seeds: 3 means 0, 1, 2; several numbers are the seeds themselves.
-
-    Raises:
-        ConfigError: If the value is neither.
-    """
-    seeds = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if not seeds or not all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds):
-        raise ConfigError(f"seeds={value}: must be a number of seeds or the seeds themselves, such as seeds=3")
-    if len(set(seeds)) != len(seeds) or seeds == (0,):
-        raise ConfigError(f"seeds={value}: every seed counts once, and there must be one; give seeds=3 or seeds=5,6,7")
-    return seeds if isinstance(value, list | tuple) else tuple(range(seeds[0]))
-
-
-def parse_arms(value: Any) -> tuple[Arm, ...]:
-    """Return the arms of `plain,cwd:tau=2,cwd=20,builtin`, or of a YAML file that maps names to option sets.
-
-    On the command line, an arm with another name (`warm:tau=4`) uses the method `cwd`. In a file, an option set may
-    name its `method`; otherwise the arm's name must be one of `METHODS`. Options may include a `teacher` and a
-    `student`, and `against`, the arm to compare with.
-
-    Raises:
-        ConfigError: If there is no arm, two with the same name, an unknown method, or an unknown option.
-    """
-    sets = _arms_of_file(value) if str(value).endswith((".yaml", ".yml")) else _arms_of_words(value)
-    arms = []
-    for name, arguments in sets:
-        first, colon, _ = name.partition(":")
-        if colon and first not in METHODS and not get_close_matches(first, METHODS):
-            name, first = first, "cwd"
-        method = arguments.pop("method", first)
-        if method not in METHODS:
-            raise ConfigError(f"arms={name}: its method {method} is none of {', '.join(METHODS)}")
-        against = arguments.pop("against", BASELINE)
-        check_names(arguments, {*OPTIONS, *DEFAULT_CFG_DICT, *EXTRA_ARGUMENTS})
-        if arguments.keys() & {"student", "model"}:
-            arguments["model"] = student_path(arguments.pop("student", None), arguments.get("model"), None)
-        arms.append(Arm(_file_name(name), method, arguments, _file_name(against)))
-    names = {arm.name for arm in arms}
-    if len(names) != len(arms) or not arms:
-        raise ConfigError(f"arms={value}: must name at least one arm, and none twice, such as arms=plain,cwd,builtin")
-    for arm in arms:
-        if arm.against not in {BASELINE, *names}:
-            raise ConfigError(f"against={arm.against}: arm {arm.name} is compared with an arm that there is not")
-    return tuple(arms)
-
-
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._=-" else "_" for c in name)
-
-
-def _arms_of_words(value: Any) -> list[tuple[str, dict[str, Any]]]:
-    sets: list[tuple[str, dict[str, Any]]] = []
-    words = value if isinstance(value, list | tuple) else str(value).split(",")
-    for word in (str(w).strip() for w in words if str(w).strip()):
-        start, colon, rest = word.partition(":")
-        if "=" in start and sets:  # cwd:tau=2,cwd=20 continues after its comma
-            name, arguments = sets.pop()
-            sets.append((f"{name},{word}", arguments))
-            rest = word
-        else:
-            sets.append((word, {}))
-        if rest:
-            key, _, text = rest.partition("=")
-            sets[-1][1][key] = smart_value(text)
-        elif colon:
-            raise ConfigError(f"arms={word}: nothing follows the colon; write it as {start}:option=value")
-    return sets
-
-
-def _arms_of_file(value: Any) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        return [(str(name), dict(options or {})) for name, options in read_yaml(value).items()]
-    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
-        raise ConfigError(f"arms={value}: {first_line(error)}; give a YAML file that maps names to options") from error
 
 
 def run(words: dict[str, Any]) -> dict[str, Any]:
@@ -282,18 +62,38 @@ def run(words: dict[str, Any]) -> dict[str, Any]:
     """
     comparison = Comparison.parse(words)
     comparison.arguments["data"] = digits.resolve(comparison.arguments["data"], comparison.task.name)
+    complete = _complete(comparison)
+    content = contents(comparison)
+    joined(comparison, content, complete)  # refuses another comparison's folder before anything takes time
+    if not complete:
+        _train_missing(comparison, content)
+    summary = summary_of(comparison.folder)
+    print(f"\n{as_text(table(summary))}\n\n{summary['verdict']}")
+    try:
+        write_summary(comparison.folder)
+        print(f"Summary and pictures: {comparison.folder}")
+    except OSError as error:
+        if not complete:
+            raise
+        LOGGER.warning(f"{colorstr('compare:')} {unwritable(error, 'folder', comparison.folder, 'the table is all')}")
+    return summary
+
+
+def _complete(comparison: Comparison) -> bool:
+    """Return whether nothing is left to train and to score."""
+    done = all(_done(comparison, *run) for run in comparison.runs())
+    return done and (comparison.folder / RECORD).exists() and results.of_teacher(comparison.folder)[0]
+
+
+def _train_missing(comparison: Comparison, content: dict[str, str]) -> None:
     classes = classes_of_data(comparison.arguments, comparison.split, comparison.task)
-    _merged_record(comparison)  # refuses another comparison's folder before anything takes time
     rehearse(comparison)
-    _claim_folder(comparison)
+    claim(comparison, content)
     comparison = train_teacher(comparison)
     score_teacher(comparison, classes)
     while waiting := [(arm, seed) for arm, seed in comparison.runs() if not _done(comparison, arm, seed)]:
         if not any(_train_if_free(comparison, arm, seed) for arm, seed in waiting):
             time.sleep(POLL_SECONDS)  # other processes have the remaining runs: wait, since one of them may die
-    summary = write_summary(comparison.folder)
-    print(f"\n{as_text(table(summary))}\n\n{summary['verdict']}\nSummary and pictures: {comparison.folder}")
-    return summary
 
 
 def rehearse(comparison: Comparison) -> None:
@@ -306,7 +106,8 @@ def rehearse(comparison: Comparison) -> None:
     for arm in comparison.arms:
         if all(_done(comparison, arm, seed) for seed in comparison.seeds):
             continue
-        LOGGER.info(f"{colorstr('compare:')} checking {arm.name}")
+        method = "" if arm.name == arm.method else f" ({arm.method})"
+        LOGGER.info(f"{colorstr('compare:')} checking {arm.name}{method}")
         trainer_class = DistilledDryRun if arm.method == "cwd" else plain_dry_run(comparison.task)
         with scratch_folder() as folder:
             trainer = set_up(trainer_class, _overrides(comparison, arm, comparison.seeds[0]), folder)
@@ -349,7 +150,7 @@ def train_teacher(comparison: Comparison) -> Comparison:
     learning = [run for run in comparison.runs() if run[0].method != METHODS[0] and not _done(comparison, *run)]
     if stage is None or not learning:
         return comparison
-    with _locked(comparison, "training-of-teacher", wait=True):
+    with locked(comparison.folder, "training-of-teacher", wait=True):
         LOGGER.info(f"\n{colorstr('compare:')} {stage.reason()}, so it is trained first, for {stage.epochs} epochs")
         stage.goes_on = True  # whatever has happened to the times of the files
         weights = stage.run(args, None, comparison.folder)
@@ -361,87 +162,23 @@ def _name(arm: Arm, seed: int) -> str:
 
 
 def _done(comparison: Comparison, arm: Arm, seed: int) -> bool:
-    return comparison.result_file(_name(arm, seed)).exists()
-
-
-def _claim_folder(comparison: Comparison) -> None:
-    """Make the folder, or add new arms and seeds to the comparison in it."""
-    try:
-        for name in ("runs", "results", "locks"):
-            (comparison.folder / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(error, "folder", comparison.folder) from error
-    with _locked(comparison, "comparison", wait=True):
-        write_atomic(comparison.folder / RECORD, yaml.safe_dump(_merged_record(comparison), sort_keys=False))
-
-
-def _merged_record(comparison: Comparison) -> dict[str, Any]:
-    """Return the record of a comparison, with the arms and seeds that its folder has already.
-
-    Raises:
-        ConfigError: If the folder holds another comparison.
-    """
-    file = comparison.folder / RECORD
-    ours: dict[str, Any] = json.loads(json.dumps(comparison.record()))
-    if not file.exists():
-        return ours
-    theirs = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if differing := _differences(ours, theirs):
-        reason = f"folder={comparison.folder}: holds a comparison with other {', '.join(differing)}"
-        raise ConfigError(f"{reason}; give another folder=")
-    seeds = [*theirs["seeds"], *(seed for seed in ours["seeds"] if seed not in theirs["seeds"])]
-    return {**ours, "arms": theirs["arms"] | ours["arms"], "seeds": seeds}
-
-
-def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Return the names of what differs between two records, except arms and seeds that only one of them has."""
-    here, there = ({**r["arguments"], "teacher": r["teacher"], "split": r["split"]} for r in (ours, theirs))
-    both = ours["arms"].keys() & theirs["arms"]
-    arms = [f"arm {arm}" for arm in both if not _same(ours["arms"][arm], theirs["arms"][arm])]
-    values = [name for name in here | there if name not in here.keys() & there or not _same(here[name], there[name])]
-    return sorted(values) + sorted(arms)
-
-
-def _same(here: Any, there: Any) -> bool:
-    """Return whether two values are equal, or name the same file, as `a.pt` and `/runs/a.pt` may."""
-    if isinstance(here, dict) and isinstance(there, dict):
-        return here.keys() == there.keys() and all(_same(here[key], there[key]) for key in here)
-    try:
-        return here == there or Path(here).samefile(there)
-    except (OSError, TypeError):
-        return False
-
-
-@contextmanager
-def _locked(comparison: Comparison, name: str, wait: bool = False) -> Iterator[bool]:
-    lock = FileLock(comparison.folder / "locks" / f"{name}.lock")
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    return results.of_run(comparison.folder, _name(arm, seed)) is not None
 
 
 def _train_if_free(comparison: Comparison, arm: Arm, seed: int) -> bool:
     """Train one run unless another process does or did so; return whether it is complete."""
     name = _name(arm, seed)
-    with _locked(comparison, name) as free:
+    with locked(comparison.folder, name) as free:
         if free and not _done(comparison, arm, seed):
             LOGGER.info(f"\n{colorstr('compare:')} {_progress(comparison, name)}")
-            result = train_arm(comparison, arm, seed)
-            write_atomic(comparison.result_file(name), json.dumps(result, indent=1))
+            results.write(comparison.folder, name, train_arm(comparison, arm, seed))
             write_summary(comparison.folder)
     return free
 
 
 def _progress(comparison: Comparison, name: str) -> str:
     runs = list(comparison.runs())
-    files = [comparison.result_file(_name(*run)) for run in runs if _done(comparison, *run)]
-    done = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    done = [scores for run in runs if (scores := results.of_run(comparison.folder, _name(*run)))]
     text = f"run {len(done) + 1} of {len(runs)} ({name})"
     if not done:
         return text
@@ -534,13 +271,13 @@ def _seconds(rows: list[dict[str, float]]) -> float:
 
 def score_teacher(comparison: Comparison, classes: dict[int, str]) -> None:
     """Score the teacher once, or note that it has no score because its task or its classes differ."""
-    file = comparison.result_file("teacher")
-    with _locked(comparison, "teacher", wait=True):
-        if not file.exists():
-            teacher = comparison.trained or comparison.teacher
-            fits = knows(teacher, comparison.task, classes)
-            folder = comparison.folder / "runs" / "teacher"
-            scores = score(teacher, comparison.arguments, comparison.split, folder) if fits else None
-            if scores and comparison.trained:
-                scores["seconds"] = _seconds(read_rows(comparison.folder / FOLDER / "results.csv"))
-            write_atomic(file, json.dumps(scores))
+    with locked(comparison.folder, results.TEACHER, wait=True):
+        if results.of_teacher(comparison.folder)[0]:
+            return
+        teacher = comparison.trained or comparison.teacher
+        fits = knows(teacher, comparison.task, classes)
+        folder = comparison.folder / "runs" / "teacher"
+        scores = score(teacher, comparison.arguments, comparison.split, folder) if fits else None
+        if scores and comparison.trained:
+            scores["seconds"] = _seconds(read_rows(comparison.folder / FOLDER / "results.csv"))
+        results.write(comparison.folder, results.TEACHER, scores)

@@ -18,7 +18,7 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.plotting import plot_images
 
-from yolo_cwd.config import ConfigError, Settings, check_names, listed, split_options
+from yolo_cwd.config import IMAGES, ConfigError, Settings, check_names, listed, split_options
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.pool.images import evenly, list_images
 from yolo_cwd.pool.lists import PoolSummary
@@ -28,7 +28,6 @@ from yolo_cwd.tasks import TASKS
 
 SHEET = 9  # images that are drawn with their labels
 FAR_LOWER = 0.75  # as a share of the confidence on the validation images
-IMAGES = ("source", "unlabeled")  # two names for the images to label
 OPTIONS_OF_LABELS = ("teacher", "trust_teacher", "pool_conf", "pool_ratio", "pool_classes", "complete_labels")
 ARGUMENTS_OF_LABELS = ("data", "imgsz", "batch", "device", "fraction", "single_cls", "task")
 INSTEAD = {"conf": "give pool_conf=", "model": "give teacher="}  # what a user of `yolo predict` is looking for

@@ -25,6 +25,7 @@ from scipy.stats import t as student_t
 
 from yolo_cwd import __version__
 from yolo_cwd.run.files import write_atomic
+from yolo_cwd.study.results import of_runs, of_teacher
 from yolo_cwd.tasks import TASKS, Score, Task
 from yolo_cwd.view.plots import COLORS
 
@@ -46,13 +47,6 @@ def paired_interval(differences: list[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def load_results(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """Return the teacher's scores, if known, and the scores of all complete runs."""
-    files = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted((folder / "results").glob("*.json"))}
-    teacher = files.pop("teacher", None)
-    return teacher, [scores for scores in files.values() if scores]
-
-
 def summarize(
     arms: list[str],
     teacher: dict[str, Any] | None,
@@ -71,9 +65,9 @@ def summarize(
 
     Returns:
         A verdict on the teacher, and for each arm: the number of runs, mean and standard deviation of the score (0 to
-        1), the mean of the second score, the paired gain over the arm it is compared with and its interval (above 0 if
-        the arm is better, even where a lower score is), the share of the gap to the teacher that it closes, the ratio
-        of the training times, and the gain by class.
+        1), the mean of the second score, the paired gain over the arm it is compared with, the number of its pairs, and
+        its interval (above 0 if the arm is better, even where a lower score is), the share of the gap to the teacher
+        that it closes, the ratio of the training times, and the gain by class.
     """
     by_arm = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for arm in arms}
     lines = {}
@@ -106,6 +100,7 @@ def _arm_statistics(
         "sd": statistics.stdev(scores) if len(scores) > 1 else None,
         "second": statistics.fmean(r["second"] for r in runs.values()),
         "gain": statistics.fmean(gains) if gains else None,
+        "pairs": len(gains),
         "interval": paired_interval(gains),
         "gap_closed": statistics.fmean(gains) / gap if gains and gap > 0 else None,
         "time_ratio": _ratio([runs[s]["seconds"] for s in shared], [base[s]["seconds"] for s in shared]),
@@ -138,21 +133,25 @@ def verdict(teacher: dict[str, Any] | None, plain: dict[str, Any] | None, score:
     return f"The teacher leads the plain student by {lead:.1f} points of {score.label}."
 
 
-def write_summary(folder: Path) -> dict[str, Any]:
-    """Write the summary of a comparison's complete runs in all formats, and return it.
+def summary_of(folder: Path) -> dict[str, Any]:
+    """Return the summary of a comparison's complete runs.
 
     Args:
         folder: The comparison's folder; its `comparison.yaml` says what is compared.
     """
     record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
-    teacher, results = load_results(folder)
     against = {name: options["against"] for name, options in record["arms"].items() if "against" in options}
     task = TASKS[record.get("task", "detect")]
-    summary = {"comparison": record, **summarize(list(record["arms"]), teacher, results, against, task)}
-    lines = table(summary)
+    _, teacher = of_teacher(folder)
+    return {"comparison": record, **summarize(list(record["arms"]), teacher, of_runs(folder), against, task)}
+
+
+def write_summary(folder: Path) -> dict[str, Any]:
+    """Write the summary of a comparison's complete runs in all formats, and return it."""
+    summary, results = summary_of(folder), of_runs(folder)
     write_atomic(folder / "summary.json", json.dumps({**summary, "runs": results}, indent=1))
     write_atomic(folder / "summary.csv", _csv(results, summary["scores"]))
-    write_atomic(folder / "summary.md", _markdown(lines, summary))
+    write_atomic(folder / "summary.md", _markdown(table(summary), summary))
     _draw(folder, summary, results)
     return summary
 
@@ -168,11 +167,11 @@ def _ratio_text(ratio: float | None) -> str:
 def table(summary: dict[str, Any]) -> list[list[str]]:
     """Return the table of a summary, header first: scores in points (0 to 100), times relative to `plain`."""
     first, second = summary["scores"]
-    header = ["arm", "runs", first, "sd", second, f"vs {BASELINE}", "95 % interval", "gap closed", "time"]
+    header = ["arm", "runs", first, "sd", second, f"vs {BASELINE}", "pairs", "95 % interval", "gap closed", "time"]
     lines = [header]
     if teacher := summary["teacher"]:
         points, second = (_points(teacher[name], ".1f") for name in ("score", "second"))
-        lines.append(["teacher", "", points, "", second, *[""] * 3, _ratio_text(summary.get("teacher_time"))])
+        lines.append(["teacher", "", points, "", second, *[""] * 4, _ratio_text(summary.get("teacher_time"))])
     for name, arm in summary["arms"].items():
         compared = name != arm["against"] and arm["gain"] is not None
         against = "" if arm["against"] == BASELINE else f" ({arm['against']})"
@@ -185,6 +184,7 @@ def table(summary: dict[str, Any]) -> list[list[str]]:
                 _points(arm["sd"], ".1f"),
                 _points(arm["second"], ".1f"),
                 _points(arm["gain"]) + against if compared else "",
+                str(arm["pairs"]) if compared else "",
                 f"{_points(interval[0])} to {_points(interval[1])}" if interval else "",
                 f"{arm['gap_closed']:.0%}" if compared and arm["gap_closed"] is not None else "",
                 _ratio_text(arm["time_ratio"]),
@@ -225,8 +225,8 @@ def _markdown(lines: list[list[str]], summary: dict[str, Any]) -> str:
         "\n".join([header, "|---" * len(lines[0]) + "|", *body]),
         summary["verdict"],
         f"Gain by class in points of {summary['scores'][0]}:\n\n" + "\n".join(gains) if gains else "",
-        "Differences are paired over seeds; the interval is Student's t over them. Time is relative to plain, "
-        "or to the arm in brackets.",
+        "Differences are paired over the seeds that both arms have; the interval is Student's t over these pairs. Time "
+        "is relative to plain, or to the arm in brackets.",
         f"Measured with {versions}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

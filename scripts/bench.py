@@ -42,7 +42,6 @@ os.environ |= {"YOLO_OFFLINE": "True", "YOLO_VERBOSE": "False"}
 import torch
 import torch.nn.functional as F
 import ultralytics
-import yaml
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import update_bn
@@ -55,11 +54,12 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.torch_utils import autocast
 
 import yolo_cwd
-from yolo_cwd import ConfigError, CWDLoss, CWDTrainer, channel_wise_divergence, digits
+from yolo_cwd import ConfigError, CWDLoss, CWDTrainer, channel_wise_divergence
 from yolo_cwd.config import Settings
 from yolo_cwd.method import fused
 from yolo_cwd.method.distillation import Distillation
 from yolo_cwd.method.teacher import DTYPES, Precision, load_teacher, wait_for
+from yolo_cwd.study import made_up
 
 FOLDER = Path(os.environ["YOLO_CONFIG_DIR"])
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
@@ -322,10 +322,8 @@ def teacher_file(name: str) -> str:
 @cache
 def data_file(teacher: str, batch: int) -> str:
     """Return a data set of one batch, with the teacher's classes: all of them have class maps."""
-    file = digits.build(FOLDER / f"digits{batch}", {"train": max(batch, 4), "val": 4})
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) | {"names": dict(YOLO(teacher).names)}
-    file.write_text(yaml.safe_dump(content), encoding="utf-8")
-    return str(file)
+    images = {"train": max(batch, 4), "val": 4}
+    return str(made_up.build(FOLDER / f"images{batch}", images, "detect", dict(YOLO(teacher).names)))
 
 
 def timed(arms: dict[str, Callable[[], Any]], words: Words) -> dict[str, dict[str, float]]:

@@ -65,11 +65,11 @@ def drill(folder: Path, task: str, kills: int, moments: random.Random) -> int:
 
 def _words(folder: Path, task: str, epochs: int) -> list[str]:
     """Return the command line that begins the training."""
-    from yolo_cwd import digits
+    from yolo_cwd.study import made_up
     from yolo_cwd.tasks import TASKS
 
-    data = digits.build(folder, {"train": 8, "val": 4}, task=task)
-    family = "yolo26" if task in digits.LABEL_FOLDERS else "yolov8"  # YOLOv8 has no models for maps
+    data = made_up.build(folder / "data", {"train": 8, "val": 4}, task, {0: "cell", 1: "other"})
+    family = "yolo26" if task in {"semantic", "depth"} else "yolov8"  # YOLOv8 has no models for maps
     teacher, student = (f"{family}{size}{TASKS[task].suffix}.yaml" for size in "sn")
     new = f"teacher={teacher} student={student} data={data} imgsz=64 batch=4 epochs={epochs} amp=False plots=False"
     return [

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One training on two hosts, played by two network namespaces of this machine with an address each (Linux, as root):
-#   scripts/two_hosts.sh teacher=yolov8s.yaml student=yolov8n.yaml data=digits epochs=1
+#   scripts/two_hosts.sh teacher=yolov8s.yaml student=yolov8n.yaml data=bccd epochs=1
 # All arguments are those of 'yolo_cwd train'. PROCESSES is their number on each host (1), PYTHON the interpreter.
 set -euo pipefail
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} GLOO_SOCKET_IFNAME=wire

@@ -14,6 +14,7 @@ os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="yolo_cwd-tests-")  # ke
 os.environ["OMP_NUM_THREADS"] = "1"  # tests share the cores out, one for each
 
 import cv2
+import digits
 import numpy as np
 import pictures
 import pytest
@@ -24,7 +25,6 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import LOGGER
 
-from yolo_cwd import digits
 from yolo_cwd.tasks import TASKS
 from yolo_cwd.trainer import CWDTrainer
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import digits
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,6 @@ from ultralytics.cfg import get_cfg
 from ultralytics.engine.results import Results
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-from yolo_cwd import digits
 from yolo_cwd.config import Settings
 from yolo_cwd.pool import store
 from yolo_cwd.pool.pool import Labeler, Pool

@@ -163,7 +163,7 @@ def test_a_model_object_as_student_is_told_its_own_way() -> None:
     with pytest.raises(
         ConfigError, match=r"^model=YOLO: takes the path of a model; to train a YOLO object call its train"
     ):
-        CWDTrainer(overrides={"model": YOLO(STUDENT), "teacher": TEACHER, "data": "digits"})
+        CWDTrainer(overrides={"model": YOLO(STUDENT), "teacher": TEACHER, "data": "bccd"})
 
 
 @pytest.mark.parametrize("key", ["backbone", "MyAtt"])

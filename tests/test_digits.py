@@ -1,4 +1,4 @@
-"""The embedded data set."""
+"""The data set of the other tests: are its labels right?"""
 
 from collections.abc import Callable
 from itertools import permutations
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import cv2
+import digits
 import numpy as np
 import pytest
 import yaml
@@ -15,10 +16,6 @@ from conftest import SHORT, STUDENT, bare
 from processes import CONTEXT
 from ultralytics import YOLO
 from ultralytics.data.utils import polygon2mask
-
-from yolo_cwd import digits
-from yolo_cwd.config import ConfigError
-from yolo_cwd.trainer import CWDTrainer
 
 SMALL = {"train": 40, "val": 10}
 TINY = {"train": 8, "val": 4}
@@ -55,7 +52,6 @@ def test_the_same_seed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
 
 
 def test_detection_is_as_it_has_always_been(folder: Path) -> None:
-    """Published scores are of these images, so that they must not change with what is added."""
     assert folder.name == "digits-v1-40-10-0"
     assert (folder / "labels" / "train" / "00000.txt").read_text().splitlines() == [
         "1 0.718750 0.355469 0.468750 0.695312",
@@ -134,15 +130,6 @@ def test_two_builds_at_once(folder: Path, tmp_path: Path) -> None:
     assert files(first.parent) == files(folder)
 
 
-def test_data_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(digits, "IMAGES", SMALL)
-    options = {"model": "yolov8n.yaml", "teacher": "yolov8s.yaml", "data": "digits", "project": str(tmp_path)}
-    trainer = CWDTrainer(overrides={**options, "device": "cpu"})
-    assert trainer.data["nc"] == 10
-    assert Path(trainer.args.data).is_relative_to(tmp_path / "cache" / "yolo_cwd")
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The YAML file of each task's data set."""
@@ -197,24 +184,6 @@ def test_ultralytics_trains_every_task(task: str, built: dict[str, Path], tmp_pa
     assert sum(value > 0 for value in losses.values()) >= 2
     assert trainer.metrics
     assert all(isfinite(value) for value in trainer.metrics.values())
-
-
-def test_a_task_without_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=r"^task=classify: .* detect, segment, obb, pose, semantic, depth"):
-        digits.build(task="classify")
-    with pytest.raises(ConfigError, match=r"^task=classify: "):
-        digits.resolve("digits", task="classify")
-    assert digits.resolve("mine.yaml", task="classify") == "mine.yaml"
-    assert not list(tmp_path.iterdir())
-
-
-def test_resolve_builds_for_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(digits, "IMAGES", TINY)
-    file = Path(digits.resolve("digits", task="semantic"))
-    assert file.relative_to(tmp_path) == Path("yolo_cwd/digits-semantic-v1-8-4-0/digits.yaml")
-    assert len(list(file.parent.glob("masks/train/*.png"))) == TINY["train"]
 
 
 def test_polygons_are_the_ink(drawn: list[digits.Digit]) -> None:

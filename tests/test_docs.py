@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import digits
 import pytest
 import yaml
 from conftest import SHORT, STUDENT, narrow
 from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT, entrypoint
 
-from yolo_cwd import cli, digits
+from yolo_cwd import cli
 from yolo_cwd.config import OPTIONS, Settings, check_names, split_options
 from yolo_cwd.run.request import EXTRA_ARGUMENTS
 from yolo_cwd.study.comparison import Comparison

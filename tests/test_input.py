@@ -43,7 +43,7 @@ THEIRS = {
     "freeze": NUMBERS,
     "resume": st.sampled_from(["True", "False", "absent.pt"]),
     "distill_model": st.sampled_from(["None", "yolov8n.yaml"]),
-    "data": st.sampled_from(["absent.yaml", "", "None", "digit"]),
+    "data": st.sampled_from(["absent.yaml", "", "None", "bcc"]),
     "fraction": NUMBERS,
     "multi_scale": st.sampled_from(["0.5", "-1", "abc"]),
     "task": st.sampled_from(["detect", "segment", "abc"]),

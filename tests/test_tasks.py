@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import digits
 import pytest
 import torch
 from conftest import SHORT, STUDENT, TAUGHT, bare, narrow, settled, short_trainings
@@ -17,7 +18,7 @@ from test_state import StopError, interrupted, resume
 from torch import nn
 from ultralytics import YOLO
 
-from yolo_cwd import CWDTrainer, digits
+from yolo_cwd import CWDTrainer
 from yolo_cwd.cli import main
 from yolo_cwd.config import ConfigError
 from yolo_cwd.method.fpn import HeadTap

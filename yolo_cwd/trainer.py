@@ -30,7 +30,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, LOCAL_RANK, LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import autocast, unwrap_model
 
-from yolo_cwd import digits
+from yolo_cwd import bccd
 from yolo_cwd.config import refused_as, unusable_data
 from yolo_cwd.method import columns
 from yolo_cwd.method.distillation import Distillation
@@ -114,7 +114,7 @@ class CWDTrainer(DetectionTrainer):
         Args:
             cfg: Base configuration: a YAML path, a dictionary or a namespace, with our options in it or without.
             overrides: Arguments and options that take precedence; `teacher` may be a path, a `YOLO` or a module,
-                `data` may be `digits`.
+                `data` may be `bccd`.
             _callbacks: Ultralytics' callbacks by event.
 
         Raises:
@@ -126,7 +126,7 @@ class CWDTrainer(DetectionTrainer):
         self.settings, self.state, self.given_options = asked.settings, asked.state, asked.options
         with distributed.local_zero_first():
             teacher = load_teacher(self.settings.teacher, self.settings.trust_teacher)
-            arguments["data"] = digits.resolve(arguments.get("data", asked.base["data"]), self.task.name)
+            arguments["data"] = bccd.resolve(arguments.get("data", asked.base["data"]), self.task.name)
             args = get_cfg(asked.base, arguments)
             require_models(vars(args))
             self.stage, self.settings = self.plan_teacher(teacher, args, asked.goes_on)

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import digits
 import pytest
 import torch
 from conftest import narrow
 from torch import nn
 from ultralytics.utils.torch_utils import profile_ops
 
-from yolo_cwd import CWDTrainer, digits
+from yolo_cwd import CWDTrainer
 from yolo_cwd.method.memory import DistilledStep
 
 Train = Callable[..., CWDTrainer]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cv2
+import digits
 import numpy as np
 import pytest
 import torch
@@ -12,8 +13,6 @@ from labeling import OLD, Said, completed, label, label_files, labeled_data, pre
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils.ops import xywhr2xyxyxyxy
-
-from yolo_cwd import digits
 
 pytestmark = pytest.mark.usefixtures("cache")
 

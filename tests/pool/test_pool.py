@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import digits
 import numpy as np
 import pytest
 import yaml
@@ -24,7 +25,7 @@ from labeling import (
 from test_state import interrupted, resume
 from ultralytics import YOLO
 
-from yolo_cwd import CWDTrainer, digits
+from yolo_cwd import CWDTrainer
 from yolo_cwd.cli import main
 from yolo_cwd.config import ConfigError, Settings
 from yolo_cwd.pool import pool as pool_module

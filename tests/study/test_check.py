@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import digits
 import pytest
 import torch
 import yaml
@@ -15,7 +16,6 @@ from processes import Started
 from torch import nn
 from ultralytics import YOLO
 
-from yolo_cwd import digits
 from yolo_cwd.cli import main
 from yolo_cwd.config import ConfigError
 from yolo_cwd.study import check

@@ -19,7 +19,7 @@ from ultralytics import YOLO
 from ultralytics.data.utils import img2label_paths
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_cwd import digits
+from yolo_cwd import bccd
 from yolo_cwd.config import ConfigError, Settings, exists, listed
 from yolo_cwd.pool.complete import LabeledImages, classes_to_add, labeled_images, refuse_incompletable
 from yolo_cwd.pool.format import are_outlined, classes_by_name, data_like, format_of, refuse_polygons
@@ -166,7 +166,7 @@ class Labeler:
             if teacher:
                 self._read_teacher()
             if self._data is None:
-                name = digits.resolve(self.args.data, self.task.name)
+                name = bccd.resolve(self.args.data, self.task.name)
                 changed = SimpleNamespace(
                     **{**vars(self.args), "data": name, "task": self.task.name, "single_cls": False}
                 )

@@ -28,12 +28,11 @@ from ultralytics import YOLO
 from ultralytics.utils import LOCAL_RANK, LOGGER, TQDM, colorstr
 
 from yolo_cwd.config import ConfigError, Settings
-from yolo_cwd.digits import cache_folder
 from yolo_cwd.pool.images import fingerprint, identity, is_cut_off
 from yolo_cwd.pool.labels import NO_LABELS, ExistingLabels, LabelFormat, label_of
 from yolo_cwd.pool.teacher import file_of, predictions
 from yolo_cwd.run.distributed import local_zero_first
-from yolo_cwd.run.files import atomic_path, content_of, write_atomic
+from yolo_cwd.run.files import atomic_path, cache_folder, content_of, write_atomic
 from yolo_cwd.run.refusal import disk_is_full, unwritable
 
 VERSION = 3  # part of the key: raise it whenever what is written changes

@@ -25,6 +25,11 @@ CHECKPOINTS = ".unfinished"  # the folder in which checkpoints are written
 LEFTOVER = re.compile(r"\.[^.]+\.pt\.\d+")  # a checkpoint or state of ours that a kill has kept from its name
 
 
+def cache_folder() -> Path:
+    """Return the user's cache folder, for files that can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yolo_cwd"
+
+
 @contextmanager
 def atomic_path(file: Path) -> Iterator[Path]:
     """Yield the path to write a file at, beside its place; then give it its name, or remove it if that fails."""

@@ -244,7 +244,7 @@ def refuse_unsupported(args: Any) -> None:
         (
             "data",
             args.data is None and not args.resume,
-            "missing; give a data set, such as data=coco8.yaml or data=digits",
+            "missing; give a data set, such as data=coco8.yaml or data=bccd",
         ),
         ("mode", args.mode != "train", f"'yolo_cwd train' trains; use 'yolo {args.mode}'"),
         ("distill_model", args.distill_model is not None, "is Ultralytics' own distillation; use teacher= instead"),

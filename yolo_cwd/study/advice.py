@@ -102,7 +102,7 @@ def as_text(found: dict[str, Any]) -> str:
         shares = f"{_times(x['share']):>7}  {_times(x['fixed_share']):>7}"
         lines.append(f"{x['name']:5}  {x['stride']:6}  {x['map']:3}x{x['map']:<3}  {channels}  {shares}")
     where = f"batch {found['batch']}, {found['imgsz']} px, {found['device']}"
-    on = "the embedded digits" if found["data"] is None else "the data"
+    on = "the embedded images" if found["data"] is None else "the data"
     holds = "allocated on the GPU" if "cuda" in found["device"] else "resident memory of the process"
     peaks = found["peak_mib"]
     paragraphs = {

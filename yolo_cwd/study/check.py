@@ -8,7 +8,6 @@ into words.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import threading
 import time
@@ -19,20 +18,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import cv2
-import numpy as np
 import psutil
 import torch
-import yaml
 from ultralytics import YOLO
 from ultralytics.utils.torch_utils import get_flops, parse_device, unwrap_model
 
-from yolo_cwd import digits
 from yolo_cwd.config import ConfigError
 from yolo_cwd.method.teacher import wait_for
 from yolo_cwd.method.terms import LevelTerm
 from yolo_cwd.pool.pool import Labeler
 from yolo_cwd.run.score import knows, score
+from yolo_cwd.study import made_up
 from yolo_cwd.study.advice import as_text, compare_classes, verdict
 from yolo_cwd.study.dry_run import NoCallbacks, scratch_folder, set_up
 from yolo_cwd.trainer import CWDTrainer
@@ -64,7 +60,7 @@ class Trial(NoCallbacks, CWDTrainer):
         return (None, self.settings) if args.data == MADE_UP else super().plan_teacher(teacher, args, goes_on)
 
     def get_dataset(self) -> Any:
-        """Resolve `data`, or make up two full batches of digits that suit the student's classes."""
+        """Resolve `data`, or make up two full batches that suit the student's classes."""
         if self.args.batch < 1:
             raise ConfigError(f"batch={self.args.batch}: a check measures a given one, such as batch=16")
         if self.args.data == MADE_UP:
@@ -72,23 +68,10 @@ class Trial(NoCallbacks, CWDTrainer):
             with suppress(Exception):  # the building of the student reports any fault
                 names = YOLO(self.args.model).names
             images = {"train": BATCHES * self.args.batch, "val": 4}
-            file = digits.build(self.save_dir, images, task=self.task.name)
-            _relabel(file.parent, len(names))
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            content |= {"names": names, "channels": self.distillation.teacher.image_channels}
-            file.write_text(yaml.safe_dump(content), encoding="utf-8")
+            channels = self.distillation.teacher.image_channels
+            file = made_up.build(self.save_dir / "made-up", images, self.task.name, names, channels)
             self.args.data, self.args.fraction = str(file), 1.0
         return super().get_dataset()
-
-
-def _relabel(folder: Path, classes: int) -> None:
-    """Change labels so that only the first so many classes occur."""
-    for labels in folder.glob("labels/*/*.txt"):
-        rows = re.sub(r"^\d+", "0", labels.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        labels.write_text(rows, encoding="utf-8")
-    for mask in folder.glob("masks/*/*.png"):
-        values = np.asarray(cv2.imread(str(mask), cv2.IMREAD_GRAYSCALE))
-        cv2.imwrite(str(mask), values.clip(max=classes - 1))
 
 
 def run(words: dict[str, Any]) -> None:
@@ -115,7 +98,7 @@ def examine(words: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return all findings about a training, as plain values.
 
     Args:
-        words: Its arguments and options. Without `data`, the steps run on the embedded digits.
+        words: Its arguments and options. Without `data`, the steps run on the embedded images.
         folder: A folder for temporary files.
 
     Raises:

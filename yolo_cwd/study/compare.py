@@ -30,7 +30,7 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, colorstr
 from ultralytics.utils.torch_utils import strip_optimizer
 
-from yolo_cwd import digits
+from yolo_cwd import bccd
 from yolo_cwd.config import ConfigError, Settings, split_options
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.run.refusal import unwritable
@@ -52,7 +52,7 @@ POLL_SECONDS = 2.0
 
 
 def run(words: dict[str, Any]) -> dict[str, Any]:
-    """Train the missing runs of a comparison, and return its summary.
+    """Train the missing runs of a comparison, print its summary, and return it.
 
     Args:
         words: The arguments of the command.
@@ -60,23 +60,39 @@ def run(words: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: If they cannot be used, or if the folder holds another comparison.
     """
+    folder, was_complete = train_missing(words)
+    summary = summary_of(folder)
+    print(f"\n{as_text(table(summary))}\n\n{summary['verdict']}")
+    try:
+        write_summary(folder)
+        print(f"Summary and pictures: {folder}")
+    except OSError as error:
+        if not was_complete:
+            raise
+        LOGGER.warning(f"{colorstr('compare:')} {unwritable(error, 'folder', folder, 'the table is all')}")
+    return summary
+
+
+def train_missing(words: dict[str, Any]) -> tuple[Path, bool]:
+    """Train the missing runs of a comparison.
+
+    Args:
+        words: The arguments of the command.
+
+    Returns:
+        Its folder, and whether nothing was missing.
+
+    Raises:
+        ConfigError: If they cannot be used, or if the folder holds another comparison.
+    """
     comparison = Comparison.parse(words)
-    comparison.arguments["data"] = digits.resolve(comparison.arguments["data"], comparison.task.name)
+    comparison.arguments["data"] = bccd.resolve(comparison.arguments["data"], comparison.task.name)
     complete = _complete(comparison)
     content = contents(comparison)
     joined(comparison, content, complete)  # refuses another comparison's folder before anything takes time
     if not complete:
         _train_missing(comparison, content)
-    summary = summary_of(comparison.folder)
-    print(f"\n{as_text(table(summary))}\n\n{summary['verdict']}")
-    try:
-        write_summary(comparison.folder)
-        print(f"Summary and pictures: {comparison.folder}")
-    except OSError as error:
-        if not complete:
-            raise
-        LOGGER.warning(f"{colorstr('compare:')} {unwritable(error, 'folder', comparison.folder, 'the table is all')}")
-    return summary
+    return comparison.folder, complete
 
 
 def _complete(comparison: Comparison) -> bool:

@@ -1,5 +1,4 @@
-# SPDX-License-Identifier: AGPL-3.0-or-later
-"""The embedded data set: real handwritten digits, composed on textured backgrounds, in YOLO layout.
+"""A data set for tests, with labels for every task: handwritten digits on textured backgrounds, in YOLO layout.
 
 The scans are the 1,797 of the UCI "Optical Recognition of Handwritten Digits" test set (E. Alpaydin and C. Kaynak),
 8x8 pixels in 17 shades, which scikit-learn ships. Digits are 10 to 90 pixels high, so that P3, P4 and P5 all have work.
@@ -10,7 +9,6 @@ small function for each task turns that into labels.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,12 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from yolo_cwd.config import ConfigError
-
 NAME = "digits"
 VERSION = 1  # part of the folder's name: raise it whenever what is built changes
 SIZE = 128  # pixels, both sides of an image
-IMAGES = {"train": 1600, "val": 300}
 SEED = 0
 VAL_SHARE = 5  # every fifth scan of a class is for validation only
 INK = 0.25  # a scan has ink where it is darker than this
@@ -59,29 +54,21 @@ class Digit(NamedTuple):
     tilt: float
 
 
-def build(
-    root: Path | None = None, images: dict[str, int] | None = None, seed: int = SEED, task: str = "detect"
-) -> Path:
+def build(root: Path, images: dict[str, int], seed: int = SEED, task: str = "detect") -> Path:
     """Build the data set unless it exists, and return the path of its YAML file.
 
     It is built under another name and renamed when complete. So a killed build leaves nothing that looks like a data
     set, and two builds at once do not disturb each other.
 
     Args:
-        root: Folder to build in; by default the user's cache folder.
+        root: Folder to build in.
         images: Number of images by split.
         seed: The same seed gives the same images, bit for bit, with the same OpenCV.
         task: The task that the labels are for, one of `TASKS`; the images are the same for all of them.
-
-    Raises:
-        ConfigError: If there are no labels for the task. It is a `ValueError`.
     """
-    if task not in TASKS:
-        raise ConfigError(f"task={task}: data={NAME} is for {', '.join(TASKS)}; use one of these or other data")
-    images = images or IMAGES
     counts = "-".join(str(n) for n in images.values())
     name = NAME if task == "detect" else f"{NAME}-{task}"
-    folder = (root or cache_folder()) / f"{name}-v{VERSION}-{counts}-{seed}"
+    folder = root / f"{name}-v{VERSION}-{counts}-{seed}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -94,20 +81,6 @@ def build(
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder / "digits.yaml"
-
-
-def resolve(data: Any, task: str = "detect") -> Any:
-    """Return the argument `data` unchanged, or for `digits` the path of the task's data set, built if needed.
-
-    Raises:
-        ConfigError: If `digits` has no labels for the task.
-    """
-    return str(build(task=task)) if data == NAME else data
-
-
-def cache_folder() -> Path:
-    """Return the user's cache folder, for files that can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yolo_cwd"
 
 
 def _write(folder: Path, final: Path, images: dict[str, int], seed: int, task: str) -> None:

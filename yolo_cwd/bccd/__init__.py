@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The embedded data set, `data=bccd`: photographs of blood cells with boxes; a teacher of it; a student to begin with.
+
+README.md beside this file says where they come from. The images are unpacked into the user's cache folder when they are
+first needed, because Ultralytics writes what it has scanned beside the labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from yolo_cwd.config import ConfigError
+from yolo_cwd.run.files import cache_folder
+
+NAME = "bccd"
+TASK = "detect"
+CLASSES = {0: "Platelets", 1: "RBC", 2: "WBC"}
+FOLDER = Path(__file__).parent
+ARCHIVE = FOLDER / "data.zip"
+TEACHER = FOLDER / "teacher.pt"
+STUDENT = FOLDER / "student.pt"
+
+
+def build(root: Path | None = None) -> Path:
+    """Unpack the data set unless that has been done, and return the path of its YAML file.
+
+    It is unpacked under another name and renamed when complete. So a killed process leaves nothing that looks like a
+    data set, and two processes at once do not disturb each other.
+
+    Args:
+        root: Folder to unpack it in; by default the user's cache folder.
+    """
+    content = hashlib.sha256(ARCHIVE.read_bytes()).hexdigest()[:8]  # another archive goes elsewhere
+    folder = (root or cache_folder()) / f"{NAME}-{content}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            _unpack(unfinished, folder)
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.exists():  # otherwise another process was first, with the same content
+                raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder / f"{NAME}.yaml"
+
+
+def resolve(data: Any, task: str = TASK) -> Any:
+    """Return the argument `data` unchanged, or for `bccd` the path of its YAML file, unpacked if needed.
+
+    Raises:
+        ConfigError: If `bccd` has no labels for the task.
+    """
+    if data != NAME:
+        return data
+    if task != TASK:
+        raise ConfigError(f"data={NAME}: has boxes alone, not the labels of task={task}; give other data")
+    return str(build())
+
+
+def _unpack(folder: Path, final: Path) -> None:
+    with zipfile.ZipFile(ARCHIVE) as packed:
+        packed.extractall(folder)
+    description = {"path": str(final.resolve()), "train": "images/train", "val": "images/val", "names": CLASSES}
+    (folder / f"{NAME}.yaml").write_text(yaml.safe_dump(description), encoding="utf-8")

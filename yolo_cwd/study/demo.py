@@ -28,7 +28,7 @@ from yolo_cwd.view.gallery import draw_comparison
 IMAGE_SIZE = 160
 SCHEDULE: dict[str, Any] = {
     "imgsz": IMAGE_SIZE,
-    "epochs": 16,
+    "epochs": 20,
     "batch": 16,
     "nbs": 16,
     "optimizer": "AdamW",

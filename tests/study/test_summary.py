@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from yolo_cwd.study.summary import as_text, load_results, paired_interval, summarize, table, write_summary
+from yolo_cwd.study.summary import as_text, paired_interval, summarize, table, write_summary
 from yolo_cwd.tasks import TASKS
 
 
@@ -145,13 +145,6 @@ def test_the_time_of_a_teacher_trained_here_is_beside_that_of_a_plain_run() -> N
     assert summarize(["plain"], TEACHER, PLAIN)["teacher_time"] is None
     assert summarize(["plain"], None, PLAIN)["teacher_time"] is None
     assert summarize(["cwd"], {**TEACHER, "seconds": 5}, [result("cwd", 0, 0.4)])["teacher_time"] is None
-
-
-def test_results_that_are_not_there_yet_and_a_teacher_without_a_score(tmp_path: Path) -> None:
-    (tmp_path / "results").mkdir()
-    for name, content in {"teacher": None, "cwd-0": {"arm": "cwd"}, "plain-0": None}.items():
-        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(content))
-    assert load_results(tmp_path) == (None, [{"arm": "cwd"}])
 
 
 def test_every_cell_of_the_table(tmp_path: Path) -> None:

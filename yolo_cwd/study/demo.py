@@ -21,8 +21,8 @@ from ultralytics.cfg import get_save_dir
 
 from yolo_cwd import bccd
 from yolo_cwd.config import ConfigError
+from yolo_cwd.study import results as results_of
 from yolo_cwd.study.compare import train_missing
-from yolo_cwd.study.summary import load_results
 from yolo_cwd.view.gallery import draw_comparison
 
 IMAGE_SIZE = 160
@@ -63,8 +63,8 @@ def run(words: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     seeds = [seed] if seed else 1  # a number is how many
     with _all_cores():
         train_missing({**models, **SCHEDULE, "arms": "plain,cwd", "seeds": seeds, "folder": str(folder)})
-        teacher, of_arms = load_results(folder)
-        results = {"teacher": teacher or {}, **{scores["arm"]: scores for scores in of_arms}}
+        arms = {scores["arm"]: scores for scores in results_of.of_runs(folder)}
+        results = {"teacher": results_of.of_teacher(folder)[1] or {}, **arms}
         picture = folder / "found.png"
         _draw(picture, results)
     print(f"\n{table(results, time.perf_counter() - begin)}\n")

@@ -73,7 +73,7 @@ def test_commands_are_found() -> None:
         "label",
         "settings",
     }
-    assert len([c for c in TO_RUN if "cfg=cfg/recipes/" in c]) >= len(RECIPES)
+    assert all(any(f"cfg={recipe.stem} " in command for command in TO_RUN) for recipe in RECIPES)
     assert any(command.startswith("yolo export") for command in TO_RUN)
 
 
@@ -236,6 +236,8 @@ def test_every_recipe_is_on_the_page_and_valid() -> None:
         options, arguments = split_options(yaml.safe_load(recipe.read_text(encoding="utf-8")))
         check_names(arguments, DEFAULT_CFG_DICT)
         Settings.parse({"teacher": "yolov8l", **options})
+        defaults = {**DEFAULT_CFG_DICT, **{name: option.default for name, option in OPTIONS.items()}}
+        assert [name for name, value in (options | arguments).items() if value == defaults[name]] == []
 
 
 def test_generated_parts_are_up_to_date() -> None:

@@ -9,10 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from yolo_cwd import __version__
-from yolo_cwd.config import OPTIONS, ConfigError, at_home, first_line, merge, path_or_value, read_cfg
+from yolo_cwd.config import OPTIONS, ConfigError, at_home, first_line, merge, path_or_value, read_cfg, recipe
 
 HELP = """\
 yolo_cwd: a small YOLO learns from a larger one while it trains (channel-wise distillation)
@@ -30,7 +32,7 @@ yolo_cwd: a small YOLO learns from a larger one while it trains (channel-wise di
                        label images with the teacher, to see the labels that 'train unlabeled=path/to/images' uses
   yolo_cwd demo        compare a plain and a distilled student on photographs of blood cells, in two minutes on a CPU
   yolo_cwd settings    list the options of distillation, with default and meaning
-  yolo_cwd help train  show more about training; likewise 'help check' and 'help compare'
+  yolo_cwd help train  show more about training; likewise 'help check', 'help compare', 'help label' and 'help demo'
   yolo_cwd version     print the version
 
 The trained student is a plain Ultralytics model: use it with 'yolo val', 'yolo predict' and 'yolo export'."""
@@ -42,7 +44,8 @@ yolo_cwd train teacher=MODEL student=MODEL data=DATA [option=value ...] [argumen
             .yaml model; teacher and student may be of different families
   DATA      the YAML file of a data set, or 'bccd' for the blood cells that come with yolo_cwd
   option    an option of distillation: see 'yolo_cwd settings'
-  argument  any training argument of Ultralytics: see 'yolo cfg'; cfg=file.yaml reads options and arguments from a file
+  argument  any training argument of Ultralytics: see 'yolo cfg'; cfg=file.yaml reads options and arguments from a file,
+            cfg=finetune from a recipe that comes with yolo_cwd (also few-images, small-objects, coco, new-classes)
 
 Examples:
   yolo_cwd train teacher=yolov8l student=yolov8n data=coco8.yaml epochs=100 imgsz=640
@@ -76,8 +79,10 @@ yolo_cwd compare teacher=MODEL student=MODEL data=DATA [arms=ARMS] [seeds=SEEDS]
   MODEL, DATA
             as in 'yolo_cwd train'; all other arguments and options work as there too, and apply to every arm
   arms      what to compare (default plain,cwd,builtin): plain is Ultralytics alone, cwd is distilled, builtin is
-            Ultralytics' distill_model; give an arm options of its own (plain,cwd:tau=2,cwd=20), or name a YAML file
-            that maps names to options, and to method, teacher, student and against
+            Ultralytics' distill_model; give an arm options of its own (plain,cwd:tau=2,cwd=20), and any name: x:tau=2
+            (the method is the one that the name begins with, or cwd; method=plain sets it); a list stands in brackets,
+            "cwd:unlabeled=[one,two]"; or name a YAML file that maps names to options, and to method, teacher, student
+            and against
   seeds     the number of seeds (default 3), or the seeds themselves: seeds=5,6,7
   split     the images to score the finished models on: val (default), test or train
   folder    where everything goes (default runs/detect/compare)
@@ -89,7 +94,32 @@ Examples:
   yolo_cwd compare teacher=best.pt student=yolov8n.yaml data=my.yaml epochs=100 seeds=3
   yolo_cwd compare teacher=best.pt student=yolov8n.pt data=my.yaml epochs=30 arms=plain,cwd,cwd:share=2 split=test"""
 
-HELPS = {"train": HELP_TRAIN, "check": HELP_CHECK, "compare": HELP_COMPARE}
+HELP_LABEL = """\
+yolo_cwd label teacher=MODEL source=IMAGES [data=DATA] [option=value ...] [argument=value ...]
+yolo_cwd label teacher=MODEL data=DATA complete_labels=True [option=value ...] [argument=value ...]
+
+  MODEL     a trained .pt checkpoint
+  IMAGES    folders, globs, .txt lists or images, separated by commas; 'unlabeled' is another name for 'source'
+  DATA      the data of the training to come: its images are left out, and its classes are those of the labels; without
+            it, the labels have the teacher's classes
+  option    pool_conf (lowest confidence of a label), pool_ratio, pool_classes, complete_labels, trust_teacher: see
+            'yolo_cwd settings'
+  argument  imgsz, batch, device, fraction, single_cls, task
+
+The command counts what the teacher finds, and draws some images with their labels; it says where both are. A training
+with the same options ('train unlabeled=IMAGES', or 'train complete_labels=True') then uses these labels.
+
+Examples:
+  yolo_cwd label teacher=best.pt source=path/to/images
+  yolo_cwd label teacher=best.pt source=path/to/images data=my.yaml pool_conf=0.5"""
+
+HELP_DEMO = """\
+yolo_cwd demo
+
+It takes no arguments. Everything goes into a new folder, runs/detect/demo*: the models, the table and the pictures; the
+last lines say where they are. It needs no GPU and no network."""
+
+HELPS = {"train": HELP_TRAIN, "check": HELP_CHECK, "compare": HELP_COMPARE, "label": HELP_LABEL, "demo": HELP_DEMO}
 TASKS = ("detect", "segment", "pose", "obb", "semantic", "depth", "classify")  # as 'yolo' has them
 ELSEWHERE = ("val", "predict", "export", "track", "benchmark")  # commands of 'yolo' alone
 
@@ -169,19 +199,31 @@ def command_of(typed: Sequence[str], commands: Collection[str]) -> tuple[str, li
     asked = [words[i] for i in alone]
     flags = {typed[i] for i in alone}
     named = [word for word in asked if word in commands and word not in {"help", "version"}]
+    unknown = [word for word in asked if word not in {*TASKS, *commands}]
     if not words or "help" in asked or flags & {"-h", "--h"} or words[:1] == ["h"]:
+        if not named and (rest := [word for word in unknown if word != "h"]):
+            raise _unknown(rest[0], commands)
         return "help", named
     if "version" in asked or flags & {"-v", "-V"}:
         return "version", []
-    known = f"give one of {', '.join(commands)}"
     if not named:
-        if elsewhere := [word for word in asked if word in ELSEWHERE]:
-            raise ConfigError(f"{elsewhere[0]}: a command of Ultralytics; use 'yolo {elsewhere[0]}'")
-        unknown = next((word for word in asked if word not in TASKS), None)
-        raise ConfigError(f"{unknown}: unknown command; {known}" if unknown else f"{typed[0]}: no command; {known}")
+        elsewhere = [word for word in asked if word in ELSEWHERE]
+        if asked_for := elsewhere or unknown:
+            raise _unknown(asked_for[0], commands)
+        raise ConfigError(f"{typed[0]}: no command; give one of {', '.join(commands)}")
     taken = {i for i in alone if words[i] in {named[0], *TASKS}}
     tasks = [f"task={word}" for word in asked if word in TASKS]
     return named[0], [*tasks, *(word for i, word in enumerate(words) if i not in taken)]
+
+
+def _unknown(word: str, commands: Collection[str]) -> ConfigError:
+    """Return the error to raise for a word that is none of our commands."""
+    if word in ELSEWHERE:
+        return ConfigError(f"{word}: a command of Ultralytics; use 'yolo {word}'")
+    near = get_close_matches(word, commands, n=1)
+    return ConfigError(
+        f"{word}: unknown command; " + (f"did you mean {near[0]}?" if near else f"give one of {', '.join(commands)}")
+    )
 
 
 def _beside_equals(words: Sequence[str], i: int) -> bool:
@@ -329,9 +371,14 @@ def parse(words: list[str]) -> dict[str, Any]:
         elif isinstance(OPTIONS[word].default if word in OPTIONS else DEFAULT_CFG_DICT.get(word), bool):
             given[word] = True  # a bare switch, as 'yolo train cos_lr' has it
         else:
-            raise ConfigError(f"{word}: not of the form key=value; 'yolo_cwd help train' shows examples")
+            switches = [name for name, value in DEFAULT_CFG_DICT.items() if isinstance(value, bool)]
+            near = get_close_matches(word, [*switches, *(n for n, o in OPTIONS.items() if isinstance(o.default, bool))])
+            remedy = f"did you mean {near[0]}?" if near else "'yolo_cwd help train' shows examples"
+            raise ConfigError(f"{word}: not of the form key=value; {remedy}")
     file = at_home(given.pop("cfg", None))
-    below = read_cfg(check_yaml(file, hard=False) or file) if file else {}
+    if file and not recipe(file) and Path(str(file)).suffix in {".yaml", ".yml"}:
+        file = check_yaml(file, hard=False) or file
+    below = read_cfg(file) if file else {}
     try:
         everything = merge(_handle_deprecation(below), _handle_deprecation(given))
         return {name: at_home(value) for name, value in everything.items()}

@@ -26,6 +26,12 @@ WEIGHT_COLUMN = "train/cwd_weight"  # of results.csv: the overall weight
 LONGEST, REMEDY = 299, 190  # the most characters of a message, and how many of its end are always kept
 SYNONYMS = {"student", "model"}
 IMAGES = ("source", "unlabeled")  # arguments that name files and folders of images
+EXAMPLES = {  # of what a command needs
+    "teacher": "yolov8l.pt",
+    "student": "yolov8n.pt",
+    "data": "coco8.yaml",
+    "source": "path/to/images",
+}
 POOL_CLASSES = ("all", "known")
 TEACHER_DTYPES = ("auto", "fp32", "bf16", "fp16")
 
@@ -143,19 +149,46 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     return content or {}
 
 
+def recipe(name: str | Path) -> Path | None:
+    """Return the shipped recipe of a name such as `finetune`; None if there is none, or if a file has that name."""
+    file = _cfg_folder() / "recipes" / f"{str(name).removesuffix('.yaml')}.yaml"
+    is_name = Path(name).name == str(name) and not Path(name).is_file()
+    return file if is_name and file.is_file() else None
+
+
 def read_cfg(file: str | Path) -> dict[str, Any]:
-    """Return the arguments in a YAML file.
+    """Return the arguments in a YAML file, or in the shipped recipe of that name.
 
     Raises:
         ConfigError: If it cannot be read.
     """
     try:
-        return read_yaml(file)
+        return read_yaml(recipe(file) or file)
     except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
-        reason = "no such file" if _is_missing(error) else first_line(error)
-        raise ConfigError(
-            f"cfg={file}: cannot be read ({reason}); give the path of a YAML file of arguments"
-        ) from error
+        reason, remedy = first_line(error), "give the path of a YAML file of arguments"
+        if _is_missing(error):
+            names = sorted(shipped.stem for shipped in (_cfg_folder() / "recipes").glob("*.yaml"))
+            near = get_close_matches(Path(file).stem, names, n=1)
+            reason = "no such file"
+            remedy += f"; did you mean the recipe {near[0]}?" if near else f", or a recipe: {', '.join(names)}"
+        raise ConfigError(f"cfg={file}: cannot be read ({reason}); {remedy}") from error
+
+
+def refuse_missing(given: Mapping[str, Any]) -> None:
+    """Refuse a command that lacks several arguments, with all of them in the line.
+
+    A single one is refused where it is read.
+
+    Args:
+        given: What the command needs, by name.
+
+    Raises:
+        ConfigError: If several have no value.
+    """
+    missing = [name for name, value in given.items() if value is None or (isinstance(value, str) and not value)]
+    if len(missing) > 1:
+        examples = " ".join(f"{name}={EXAMPLES[name]}" for name in missing)
+        raise ConfigError(f"{', '.join(missing)}: missing; give them, such as {examples}")
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,14 +205,14 @@ class Option(NamedTuple):
     meaning: str
 
 
-def _default_file() -> Path:
+def _cfg_folder() -> Path:
     package = Path(__file__).parent
-    packed = package / "cfg" / "default.yaml"  # a wheel has cfg/ inside the package, a checkout beside it
-    return packed if packed.exists() else package.parent / "cfg" / "default.yaml"
+    packed = package / "cfg"  # a wheel has cfg/ inside the package, a checkout beside it
+    return packed if packed.exists() else package.parent / "cfg"
 
 
 def _read_options() -> dict[str, Option]:
-    text = _default_file().read_text(encoding="utf-8")
+    text = (_cfg_folder() / "default.yaml").read_text(encoding="utf-8")
     meanings = dict(re.findall(r"^(\w+):.*? # (.*)$", text, flags=re.MULTILINE))
     return {name: Option(name, default, meanings[name]) for name, default in yaml.safe_load(text).items()}
 

@@ -25,6 +25,7 @@ from yolo_cwd.config import (
     merge,
     model_path,
     read_cfg,
+    refuse_missing,
     split_options,
     unusable_data,
 )
@@ -99,6 +100,8 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
         state.options["teacher"] = teacher_record.own_teacher(state.options.get("teacher"), run)
         options = _options_of_resumed_run(state, options)
     else:
+        data = arguments.get("data", base["data"])
+        refuse_missing({"teacher": options.get("teacher"), "student": student or model or base["model"], "data": data})
         arguments["model"] = student_path(student, model, base["model"])
         state = RunState({})
     settings = Settings.parse(options)

@@ -12,7 +12,16 @@ from typing import Any
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg, get_save_dir
 from ultralytics.utils.torch_utils import parse_device
 
-from yolo_cwd.config import ConfigError, Settings, at_home, check_names, first_line, model_path, split_options
+from yolo_cwd.config import (
+    ConfigError,
+    Settings,
+    at_home,
+    check_names,
+    first_line,
+    model_path,
+    refuse_missing,
+    split_options,
+)
 from yolo_cwd.run.request import EXTRA_ARGUMENTS, refuse_unsupported, student_path
 from yolo_cwd.study.arms import METHODS, Arm, parse_arms
 from yolo_cwd.study.summary import BASELINE
@@ -64,6 +73,8 @@ class Comparison:
         shared = {name: value for name, value in words.items() if name not in OWN_ARGUMENTS}
         options, arguments = split_options(shared)
         check_names(arguments, {*DEFAULT_CFG_DICT, *EXTRA_ARGUMENTS, *OWN_ARGUMENTS})
+        student = options.get("student") or arguments.get("model")
+        refuse_missing({"teacher": options.get("teacher"), "student": student, "data": arguments.get("data")})
         student = student_path(options.pop("student", None), arguments.pop("model", None), None)
         _check(arguments)
         teacher = Settings.parse(options).teacher

@@ -18,7 +18,7 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.plotting import plot_images
 
-from yolo_cwd.config import IMAGES, ConfigError, Settings, check_names, listed, split_options
+from yolo_cwd.config import IMAGES, ConfigError, Settings, check_names, listed, refuse_missing, split_options
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.pool.images import evenly, list_images
 from yolo_cwd.pool.lists import PoolSummary
@@ -73,7 +73,10 @@ def _read(words: Mapping[str, Any]) -> tuple[Settings, dict[str, Any], str]:
             raise ConfigError(f"{name}={value}: changes nothing about labels; {INSTEAD.get(name, 'leave it out')}")
     if len(given) > 1:
         raise ConfigError(f"unlabeled={images[1]}: source={images[0]} names the images already; give one of the two")
-    if not given and not options.get("complete_labels"):
+    completes = options.get("complete_labels")
+    needed = {"data": arguments.get("data")} if completes else {"source": images[0] if given else None}
+    refuse_missing({"teacher": options.get("teacher"), **needed})
+    if not given and not completes:
         raise ConfigError("source: missing; give the images to label, such as source=path/to/images")
     settings = Settings.parse({**options, "unlabeled": images[0] if given else None})
     return settings, arguments, given[0] if given else IMAGES[0]

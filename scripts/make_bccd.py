@@ -32,7 +32,8 @@ def main() -> None:
     for name, content in _files(splits).items():
         (whole / name).parent.mkdir(parents=True, exist_ok=True)
         (whole / name).write_bytes(content)
-    (whole / "bccd.yaml").write_text(yaml.safe_dump({"path": str(whole.resolve()), **LAYOUT, "names": NAMES}))
+    layout = yaml.safe_dump({"path": str(whole.resolve()), **LAYOUT, "names": NAMES})
+    (whole / "bccd.yaml").write_text(layout, encoding="utf-8")
     with zipfile.ZipFile(FILE, "w", zipfile.ZIP_DEFLATED) as packed:
         for name, content in _files({**splits, "train": splits["train"][::EVERY]}).items():
             packed.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)  # undated: always the same archive

@@ -1,20 +1,22 @@
 """What a step may not do, whatever the clock says."""
 
-import importlib.util
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import narrow
+from test_bench import bench
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from ultralytics.nn.modules.head import Detect
 
 from yolo_cwd.method.teacher import TeacherMaps
 from yolo_cwd.trainer import CWDTrainer
+
+__all__ = ["bench"]  # a fixture
 
 
 def test_a_step_runs_one_head_and_no_graph_through_the_teacher(train: Callable[..., CWDTrainer]) -> None:
@@ -104,18 +106,6 @@ class Names(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen.add(func._schema.name.split("::")[1])
         return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Any]:
-    """The benchmark as a module: it counts the steps of a GPU on paper."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("YOLO_CONFIG_DIR", "YOLO_OFFLINE", "YOLO_VERBOSE"):
-            patch.setenv(name, "of the script's choice")  # to be set back
-        spec = importlib.util.spec_from_file_location("bench", Path(__file__).parent.parent / "scripts" / "bench.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
 
 
 def test_the_loss_of_a_step_on_a_gpu_keeps_its_budgets(bench: Any, tmp_path: Path) -> None:

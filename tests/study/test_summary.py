@@ -154,14 +154,25 @@ def test_every_cell_of_the_table(tmp_path: Path) -> None:
     others = [result("one", 2, 0.31, 20), result("far", 7, 0.5)]
     summary = written(tmp_path, arms, [*PLAIN, *taught, *more, *others], teacher={**TEACHER, "seconds": 70})
     lines = table(summary)
-    assert lines[0] == ["arm", "runs", "mAP50-95", "sd", "mAP50", "vs plain", "95 % interval", "gap closed", "time"]
+    assert lines[0] == [
+        "arm",
+        "runs",
+        "mAP50-95",
+        "sd",
+        "mAP50",
+        "vs plain",
+        "pairs",
+        "95 % interval",
+        "gap closed",
+        "time",
+    ]
     assert lines[1:] == [
-        ["teacher", "", "44.0", "", "60.0", "", "", "", "3.00x"],
-        ["plain", "3", "32.7", "3.1", "52.7", "", "", "", "1.00x"],
-        ["cwd", "3", "36.7", "3.1", "56.7", "+4.0", "+4.0 to +4.0", "35%", "1.50x"],
-        ["more", "3", "36.7", "4.0", "56.7", "+0.0 (cwd)", "-2.5 to +2.5", "0%", "2.00x"],
-        ["one", "1", "31.0", "", "51.0", "-5.0", "", "-62%", "0.50x"],
-        ["far", "1", "50.0", "", "70.0", "", "", "", ""],
+        ["teacher", "", "44.0", "", "60.0", "", "", "", "", "3.00x"],
+        ["plain", "3", "32.7", "3.1", "52.7", "", "", "", "", "1.00x"],
+        ["cwd", "3", "36.7", "3.1", "56.7", "+4.0", "3", "+4.0 to +4.0", "35%", "1.50x"],
+        ["more", "3", "36.7", "4.0", "56.7", "+0.0 (cwd)", "3", "-2.5 to +2.5", "0%", "2.00x"],
+        ["one", "1", "31.0", "", "51.0", "-5.0", "1", "", "-62%", "0.50x"],
+        ["far", "1", "50.0", "", "70.0", "", "", "", "", ""],
     ]
     shown = as_text(lines).splitlines()
     assert len({len(line) for line in shown}) == 1
@@ -180,7 +191,7 @@ def test_the_files_say_what_was_measured(tmp_path: Path) -> None:
     assert rows[0] == {"arm": "cwd", "seed": "0", "mAP50-95": "0.34000", "mAP50": "0.54000", "seconds": "15.0"}
     assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for arm in ("cwd", "plain") for seed in "012"]
     text = (tmp_path / "summary.md").read_text()
-    assert text.splitlines()[:2] == ["| " + " | ".join(table(summary)[0]) + " |", "|---" * 9 + "|"]
+    assert text.splitlines()[:2] == ["| " + " | ".join(table(summary)[0]) + " |", "|---" * 10 + "|"]
     assert text.splitlines()[4] == "| " + " | ".join(table(summary)[3]) + " |"
     paragraphs = text.split("\n\n")
     assert paragraphs[1] == summary["verdict"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Channel-wise distillation for Ultralytics YOLO: a small model learns from a larger one while it trains."""
+"""Channel-wise distillation for Ultralytics YOLO: a small model learns from a stronger one while it trains."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from yolo_cwd import __version__
 from yolo_cwd.config import OPTIONS, ConfigError, at_home, first_line, merge, path_or_value, read_cfg, recipe
 
 HELP = """\
-yolo_cwd: a small YOLO learns from a larger one while it trains (channel-wise distillation)
+yolo_cwd: a small YOLO learns from a stronger one while it trains (channel-wise distillation)
 
   yolo_cwd train teacher=yolov8l student=yolov8n data=coco8.yaml epochs=100 imgsz=640
                        train the student, and its teacher first if it does not know the classes of the data; every
@@ -114,10 +114,13 @@ Examples:
   yolo_cwd label teacher=best.pt source=path/to/images data=my.yaml pool_conf=0.5"""
 
 HELP_DEMO = """\
-yolo_cwd demo
+yolo_cwd demo [seed=SEED]
 
-It takes no arguments. Everything goes into a new folder, runs/detect/demo*: the models, the table and the pictures; the
-last lines say where they are. It needs no GPU and no network."""
+  SEED      0 by default
+
+A comparison in two minutes: a YOLOv8n is trained on 52 embedded photographs of blood cells, plainly and under a teacher
+that has seen four times as many. It prints their scores, draws what each finds, and says where everything is. It needs
+no GPU and no network."""
 
 HELPS = {"train": HELP_TRAIN, "check": HELP_CHECK, "compare": HELP_COMPARE, "label": HELP_LABEL, "demo": HELP_DEMO}
 TASKS = ("detect", "segment", "pose", "obb", "semantic", "depth", "classify")  # as 'yolo' has them

@@ -425,7 +425,7 @@ def model_path(argument: str, value: str | Path) -> str:
 
 def _teacher(value: Any) -> Any:
     if value is None or value == "":
-        raise ConfigError("teacher: missing; name the larger model to learn from, such as teacher=yolov8l.pt")
+        raise ConfigError("teacher: missing; name the stronger model to learn from, such as teacher=yolov8l.pt")
     if isinstance(value, str | Path):
         return model_path("teacher", value)
     if isinstance(value, bool | int | float | list | tuple | dict):

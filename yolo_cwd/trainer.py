@@ -36,7 +36,7 @@ from yolo_cwd.method import columns
 from yolo_cwd.method.distillation import Distillation
 from yolo_cwd.method.fpn import hooks_set_aside
 from yolo_cwd.method.guard import DistillationGuard
-from yolo_cwd.method.student import is_pruned, keep_pruned_shape
+from yolo_cwd.method.student import KeepsShape
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.pool.pool import Labeler, Pool
 from yolo_cwd.run import distributed, request, results, teacher_stage, torchrun
@@ -57,7 +57,7 @@ ANEW = (
 OTHER_TEACHER = "not the network that the run began with, and to which its adapters have been fitted; better begin anew"
 
 
-class CWDTrainer(DetectionTrainer):
+class CWDTrainer(KeepsShape, DetectionTrainer):
     """Train a model with channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256).
 
     Takes every argument of Ultralytics' trainer for the student's task (detect, segment, pose, obb, semantic or depth),
@@ -72,7 +72,6 @@ class CWDTrainer(DetectionTrainer):
         pool: The images that the teacher has labeled; None if there are none.
         state: What a resumed training needs beside the student's checkpoint.
         folder: What this run has made, to be removed if it cannot begin.
-        reshaped: Whether the student keeps the shape of its checkpoint, which its YAML no longer describes.
         finished: Whether all epochs are trained: what is left is the last validation and the pictures.
 
     Examples:
@@ -135,7 +134,6 @@ class CWDTrainer(DetectionTrainer):
             self.labeler.refuse(will_be_trained=self.stage is not None)
         self.distillation = Distillation(self.settings, teacher)
         self.pool: Pool | None = None
-        self.reshaped = False
         self.finished = False
         self.folder = RunFolder()
         if RANK in {-1, 0} and not asked.args.resume:
@@ -214,14 +212,6 @@ class CWDTrainer(DetectionTrainer):
             self.args.fraction = fraction
 
     # Models
-
-    def get_model(self, cfg: Any = None, weights: nn.Module | None = None, verbose: bool = True) -> nn.Module:
-        """Build the student as Ultralytics does, unless its checkpoint is of another shape than its YAML."""
-        rebuilt: nn.Module = super().get_model(cfg=cfg, weights=weights, verbose=verbose)
-        self.reshaped = weights is not None and cfg is weights.yaml and is_pruned(weights, rebuilt)
-        if weights is None or not self.reshaped:
-            return rebuilt
-        return keep_pruned_shape(weights, rebuilt, self.args.model, self.args.data)
 
     def setup_model(self) -> Any:
         """Build the student, and match it with the teacher."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import narrow, settled
+from conftest import SHORT, TAUGHT, narrow, settled
 from test_state import interrupted, resume
 from test_trainer import rows
 from torch import nn
@@ -14,6 +14,7 @@ from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 
 from yolo_cwd import CWDTrainer
 from yolo_cwd.config import ConfigError
+from yolo_cwd.study import compare
 
 Train = Callable[..., CWDTrainer]
 STUDENT = narrow("yolov8n.yaml")
@@ -83,12 +84,24 @@ def test_a_pruned_student_resumes_in_its_shape(train: Train, pruned: Path, tmp_p
 
 
 def test_a_pruned_student_of_yolo_train(pruned: Path, data: str, tmp_path: Path) -> None:
-    from conftest import SHORT, TAUGHT
-
     model = YOLO(pruned)
     arguments = {k: v for k, v in SHORT.items() if k != "model"}
     model.train(trainer=CWDTrainer, data=data, project=str(tmp_path / "runs"), **TAUGHT, **arguments)
     assert shapes(model.model) == shapes(load_checkpoint(pruned)[0])
+
+
+@pytest.mark.parametrize("arm", ["plain", "builtin"])
+def test_a_pruned_student_keeps_its_shape_in_every_arm_of_a_comparison(
+    arm: str, pruned: Path, data: str, tmp_path: Path
+) -> None:
+    teacher = YOLO(STUDENT)
+    teacher.model.names = {i: str(i) for i in range(10)}
+    teacher.save(tmp_path / "teacher.pt")
+    words = {k: v for k, v in SHORT.items() if k not in {"model", "project", "name"}} | {"seeds": 1, "arms": arm}
+    words |= {"student": str(pruned), "teacher": str(tmp_path / "teacher.pt"), "data": data, "folder": tmp_path / "c"}
+    compare.run(words | {"teacher_epochs": 0})
+    weights = tmp_path / "c" / "runs" / f"{arm}-0" / "weights" / "last.pt"
+    assert shapes(load_checkpoint(weights)[0]) == shapes(load_checkpoint(pruned)[0])
 
 
 def test_a_pruned_student_of_other_classes_is_refused(train: Train, tmp_path: Path) -> None:

@@ -15,6 +15,25 @@ from torch import nn
 from yolo_cwd.config import ConfigError
 
 
+class KeepsShape:
+    """What is combined with a trainer of Ultralytics, so that a pruned student keeps its shape.
+
+    Attributes:
+        reshaped: Whether the student keeps the shape of its checkpoint, which its YAML no longer describes.
+    """
+
+    args: Any
+    reshaped = False
+
+    def get_model(self, cfg: Any = None, weights: nn.Module | None = None, verbose: bool = True) -> nn.Module:
+        """Build the student as Ultralytics does, unless its checkpoint is of another shape than its YAML."""
+        rebuilt: nn.Module = super().get_model(cfg=cfg, weights=weights, verbose=verbose)  # type: ignore[misc]
+        self.reshaped = weights is not None and cfg is weights.yaml and is_pruned(weights, rebuilt)
+        if weights is None or not self.reshaped:
+            return rebuilt
+        return keep_pruned_shape(weights, rebuilt, self.args.model, self.args.data)
+
+
 def is_pruned(weights: nn.Module, rebuilt: nn.Module) -> bool:
     """Return whether the tensors of a checkpoint differ in shape from those of the model that its YAML describes.
 

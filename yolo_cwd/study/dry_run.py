@@ -15,6 +15,7 @@ from ultralytics.utils.torch_utils import unset_deterministic
 
 from yolo_cwd.config import refused_as
 from yolo_cwd.method.prepare import choose_precision
+from yolo_cwd.method.student import KeepsShape
 from yolo_cwd.run.refusal import refusal, require_models
 from yolo_cwd.run.shared import SharedChange
 from yolo_cwd.tasks import Task
@@ -39,8 +40,8 @@ class NoCallbacks:
 
 
 def plain_dry_run(task: Task) -> type[Any]:
-    """Return Ultralytics' own trainer for a task, without callbacks."""
-    return type("PlainRehearsal", (NoCallbacks, task.trainer), {})
+    """Return Ultralytics' own trainer for a task, without callbacks; a pruned student keeps its shape."""
+    return type("PlainRehearsal", (NoCallbacks, KeepsShape, task.trainer), {})
 
 
 class DistilledDryRun(NoCallbacks, CWDTrainer):

@@ -26,7 +26,7 @@ from ultralytics.utils.downloads import attempt_download_asset
 from ultralytics.utils.files import get_latest_run
 
 from yolo_cwd.config import ConfigError, read_yaml, split_options
-from yolo_cwd.run.files import write_atomic
+from yolo_cwd.run.files import content_of, write_atomic
 
 FOLDER, FILE = "teacher", "cwd.yaml"
 OBJECT = "start.pt"  # a teacher that was given as an object
@@ -99,7 +99,7 @@ def key_of(teacher: Any, data: Mapping[str, Any], arguments: Mapping[str, Any]) 
     images = [file for files in splits.values() for file in files]
     values = {name: value for name, value in arguments.items() if name not in NO_MATTER}
     files = get_hash(images + labels_of(data, images))
-    parts = [content_of(teacher), data["names"], list(splits), files, sorted(values.items())]
+    parts = [content_of_model(teacher), data["names"], list(splits), files, sorted(values.items())]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
@@ -120,22 +120,20 @@ def labels_of(data: Mapping[str, Any], images: list[str]) -> list[str]:
     return labels
 
 
-def content_of(teacher: Any) -> str:
+def content_of_model(model: Any) -> str:
     """Return a hash of the content of a model: a path or known name, or the model itself."""
+    if isinstance(model, str | Path) and Path(model).suffix not in {".yaml", ".yml"}:
+        return content_of(Path(attempt_download_asset(check_model_file_from_stem(str(model)))))
     digest = hashlib.sha256()
-    if not isinstance(teacher, str | Path):
-        network = teacher if isinstance(teacher, nn.Module) else teacher.model
+    if isinstance(model, str | Path):
+        description = {k: v for k, v in yaml_model_load(model).items() if k != "yaml_file"}
+        digest.update(json.dumps(description, default=str).encode())
+    else:
+        network = model if isinstance(model, nn.Module) else model.model
         for name, value in network.state_dict().items():
             digest.update(
                 name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             )
-    elif Path(teacher).suffix in {".yaml", ".yml"}:
-        description = {k: v for k, v in yaml_model_load(teacher).items() if k != "yaml_file"}
-        digest.update(json.dumps(description, default=str).encode())
-    else:
-        with Path(attempt_download_asset(check_model_file_from_stem(str(teacher)))).open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
     return digest.hexdigest()
 
 

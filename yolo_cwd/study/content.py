@@ -24,7 +24,7 @@ from yolo_cwd.config import Settings, model_path, split_options
 from yolo_cwd.method.checkpoint import is_obtainable
 from yolo_cwd.pool.images import list_images
 from yolo_cwd.run.request import data_of
-from yolo_cwd.run.teacher_record import content_of, images_of, labels_of
+from yolo_cwd.run.teacher_record import content_of_model, images_of, labels_of
 from yolo_cwd.study.comparison import Comparison
 
 MODELS = {"teacher": "teacher", "model": "student", "pretrained": "pretrained"}  # arguments, and how they are called
@@ -74,7 +74,7 @@ def _of_model(argument: str, model: Any) -> str:
     path = model_path(argument, model)
     if path.endswith(".pt") and not is_obtainable(path):
         raise FileNotFoundError(path)
-    return content_of(path)
+    return content_of_model(path)
 
 
 def _of_data(data: Mapping[str, Any], split: str) -> Iterator[tuple[str, str]]:

@@ -112,6 +112,23 @@ CASES = {
 }
 
 
+class Squared(Term):
+    """A term of another kind, which knows nothing of kernels."""
+
+    def forward(self, student: Tensor, teacher: list[Tensor]) -> Tensor:
+        return (student - teacher[0]).square().mean()
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_term_without_a_kernel_is_derived_by_autograd() -> None:
+    student, teacher = maps(3, 5, 8, 10, seed=1).half().requires_grad_(), maps(3, 5, 8, 10, seed=2).half()
+    (value,) = divergences([Pair(Squared("boxes", 1.0), student, [teacher])])
+    (1e4 * value).backward()
+    difference = student.detach().float() - teacher.float()
+    assert value.item() == pytest.approx(difference.square().mean().item(), rel=1e-5)
+    torch.testing.assert_close(student.grad.float(), 2e4 * difference / difference.numel(), rtol=2e-3, atol=1e-3)
+
+
 @pytest.mark.usefixtures("as_on_gpu")
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])

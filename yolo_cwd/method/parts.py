@@ -55,7 +55,7 @@ def divergences(pairs: Sequence[Pair]) -> list[Tensor]:
 
 def _slices(pair: Pair) -> list[slice]:
     images, of_image = len(pair.student), sum(maps[0].numel() for maps in pair.teacher)
-    whole = fused.suits(pair.student, *pair.teacher)
+    whole = pair.term.has_kernel and fused.suits(pair.student, *pair.teacher)
     at_once = images if whole else max(1, _part_elements(pair.student.device) // of_image)
     return [slice(i, i + at_once) for i in range(0, images, at_once)]
 
@@ -79,7 +79,7 @@ def _compare(part: _Part) -> Compared:
     term, student, teacher = part.pair
     maps, taught = student.detach()[part.images], [maps[part.images] for maps in teacher]
     with torch.autocast(maps.device.type, enabled=False):
-        if fused.suits(maps, *taught):
+        if term.has_kernel and fused.suits(maps, *taught):
             with torch.no_grad():
                 return term.with_gradients(maps, taught)
         leaf = maps.to(wide_dtype(maps)).requires_grad_()

@@ -45,9 +45,11 @@ class Term(nn.Module):
         share: Its weight beside the other terms, before the overall weight.
         balanced: Whether the weight is a share of the task's gradient (balance.py) instead of a factor.
         explained: The share of the teacher's variance that the fit explains, at most 1; None without a fit.
+        has_kernel: Whether it has a closed form for maps on a GPU, `with_gradients`; autograd derives it otherwise.
     """
 
     explained: float | None = None
+    has_kernel = False
 
     def __init__(self, name: str, share: float, balanced: bool = True) -> None:
         """Name the term and weight it."""
@@ -67,7 +69,7 @@ class Term(nn.Module):
         raise NotImplementedError
 
     def with_gradients(self, student: Tensor, teacher: Sequence[Tensor]) -> Compared:
-        """Return the same with its gradients, by the kernel (fused.py): for maps on a GPU, without autograd."""
+        """Return the same with its gradients, by the kernel (fused.py), if it has one."""
         raise NotImplementedError
 
     def observe(self, student: StudentMaps, teacher: TeacherMaps) -> None:
@@ -82,6 +84,8 @@ class LevelTerm(Term):
 
     The convolution (the adapter) needs no bias: a softmax over positions ignores a constant per channel.
     """
+
+    has_kernel = True
 
     def __init__(self, level: Level, share: float, balanced: bool, tau: float, fitted: bool) -> None:
         """Make the adapter, with random weights.
@@ -140,6 +144,7 @@ class LevelTerm(Term):
 class ClassTerm(Term):
     """The maps of the classes that both heads know, from their class branches. They need no adapter."""
 
+    has_kernel = True
     known: Tensor
 
     def __init__(

@@ -154,6 +154,7 @@ def test_many_steps_and_a_training_that_is_resumed(run: Run) -> None:
     assert found["ended"]["epochs"] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_and_the_tests_for_a_gpu(run: Run) -> None:
     found = run("part=processes,tests")
     assert found["1 by gloo"]["code"] == 0

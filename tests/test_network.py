@@ -48,7 +48,9 @@ def font() -> Iterator[None]:
     ("command", "words"),
     [
         pytest.param("train", ["teacher_epochs=0"], id="train"),
-        pytest.param("compare", ["seeds=1", "arms=plain,cwd,builtin", "teacher_epochs=0"], id="compare"),
+        pytest.param(
+            "compare", ["seeds=1", "arms=plain,cwd,builtin", "teacher_epochs=0"], id="compare", marks=pytest.mark.slow
+        ),
         pytest.param("compare", ["seeds=1", "arms=plain,cwd"], id="compare that trains its teacher"),
         pytest.param("check", [], id="check"),
         pytest.param("label", ["source={images}"], id="label"),

@@ -32,6 +32,7 @@ def errors() -> dict[str, dict[str, float]]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", MOST)
 @pytest.mark.parametrize("order", ["contiguous", "channels-last", "one of each", "in place"])
 def test_the_kernel_agrees_with_float64(errors: dict[str, dict[str, float]], dtype: str, order: str) -> None:
@@ -42,10 +43,12 @@ def test_the_kernel_agrees_with_float64(errors: dict[str, dict[str, float]], dty
         assert error["derivative"] < MOST[dtype], name
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_stays_so_in_its_own_channel(errors: dict[str, dict[str, float]]) -> None:
     assert errors["one infinite number"] == {"channels that are not finite": 1}
 
 
+@pytest.mark.slow
 def test_the_kernel_passes_the_trial_and_overwrites_what_it_has_read(errors: dict[str, dict[str, float]]) -> None:
     assert errors["trial"]["error"] < 1e-3
     assert errors["adapted"]["value"] < 1e-5

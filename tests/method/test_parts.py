@@ -3,12 +3,11 @@
 import pytest
 import torch
 from test_divergence import maps
-from torch import nn
 
 from yolo_cwd.method import parallel, parts
 from yolo_cwd.method.fpn import Level
 from yolo_cwd.method.parts import Pair, divergences
-from yolo_cwd.method.terms import LevelTerm
+from yolo_cwd.method.terms import LevelTerm, Term
 
 
 def term_of(teacher_channels: int, tau: float = 1.0) -> LevelTerm:
@@ -59,7 +58,7 @@ def test_adapters_that_are_not_trained() -> None:
     assert term.adapter.weight.grad is None
 
 
-class Squares(nn.Module):
+class Squares(Term):
     """Stands for a term of another kind: the mean square of the difference, of two maps of the teacher together."""
 
     def forward(self, student: torch.Tensor, teacher: list[torch.Tensor]) -> torch.Tensor:
@@ -69,8 +68,8 @@ class Squares(nn.Module):
 def test_a_term_of_any_kind_is_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(parts.PART_ELEMENTS, "cpu", 1)  # one image at a time
     student, teacher = maps(3, 2, 4, 4, seed=1).requires_grad_(), [maps(3, 2, 4, 4, seed=s) for s in (2, 3)]
-    (value,) = divergences([Pair(Squares(), student, teacher)])
+    (value,) = divergences([Pair(Squares("squares", 1.0), student, teacher)])
     value.backward()
-    expected = Squares()(student.detach(), teacher)
+    expected = Squares("squares", 1.0)(student.detach(), teacher)
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(student.grad, sum(2 * (student.detach() - maps) for maps in teacher) / 3)

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache, partial
@@ -44,6 +44,7 @@ import torch.nn.functional as F
 import ultralytics
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.swa_utils import update_bn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -171,6 +172,11 @@ def count(words: Words, say: Say) -> None:
         rows |= {**own, "ours, all": list(map(sum, zip(*own.values(), strict=True)))}
         for name, (kernels, moved, copies) in rows.items():
             say(f"{name}, batch {batch}", kernels=kernels, GB=moved / 1e9, copies=copies)
+        peaks = {
+            "plain_MiB": plain.peak / 2**20,
+            "ours_MiB": ours.peak / 2**20,
+        }  # what the task's loss needs is missing
+        say(f"alive at once, batch {batch}", **peaks, added_MiB=(ours.peak - plain.peak) / 2**20)
 
 
 def count_step(student: Any, distillation: Distillation | None, batch: int, imgsz: int) -> Count:
@@ -224,6 +230,7 @@ class Count(TorchDispatchMode):
     Attributes:
         part: The part that runs now; nothing is counted before the first.
         found: By part, the kernels, the bytes, and the copies from the host.
+        peak: The most bytes that were alive at once, of what operators have made.
     """
 
     OVERWRITES = ("copy_", "fill_", "zero_")
@@ -233,6 +240,8 @@ class Count(TorchDispatchMode):
         super().__init__()
         self.part = ""
         self.found: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and count it."""
@@ -253,7 +262,14 @@ class Count(TorchDispatchMode):
             row[0] += 1
             row[1] += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in touched)
             row[2] += len({x.device.type for x in touched if x.ndim}) > 1
+        if self.part:
+            self._note_memory(storage for x in made if (storage := x.untyped_storage())._cdata not in known)
         return result
+
+    def _note_memory(self, made: Iterable[torch.UntypedStorage]) -> None:
+        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+        self.alive |= {storage._cdata: (StorageWeakRef(storage), storage.nbytes()) for storage in made}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
 
 
 class AsOnCuda(TorchFunctionMode):

@@ -116,6 +116,8 @@ def test_the_loss_of_a_step_on_a_gpu_keeps_its_budgets(bench: Any, tmp_path: Pat
     for name, most in BUDGETS.items():
         assert found[name] <= most, f"{name}: {found[name]}"
     assert larger["kernels"] <= found["kernels"]
+    assert rows["alive at once, batch 16"]["added_MiB"] < 120
+    assert rows["alive at once, batch 64"]["added_MiB"] < 4.5 * rows["alive at once, batch 16"]["added_MiB"]
     assert found["copies"] == larger["copies"] == 0
 
 

@@ -9,8 +9,6 @@ small function for each task turns that into labels.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +17,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import yaml
+
+from yolo_cwd.run.files import build_once
 
 NAME = "digits"
 VERSION = 1  # part of the folder's name: raise it whenever what is built changes
@@ -57,9 +57,6 @@ class Digit(NamedTuple):
 def build(root: Path, images: dict[str, int], seed: int = SEED, task: str = "detect") -> Path:
     """Build the data set unless it exists, and return the path of its YAML file.
 
-    It is built under another name and renamed when complete. So a killed build leaves nothing that looks like a data
-    set, and two builds at once do not disturb each other.
-
     Args:
         root: Folder to build in.
         images: Number of images by split.
@@ -69,17 +66,7 @@ def build(root: Path, images: dict[str, int], seed: int = SEED, task: str = "det
     counts = "-".join(str(n) for n in images.values())
     name = NAME if task == "detect" else f"{NAME}-{task}"
     folder = root / f"{name}-v{VERSION}-{counts}-{seed}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            _write(unfinished, folder, images, seed, task)
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process was first, with the same content
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    build_once(folder, lambda unfinished: _write(unfinished, folder, images, seed, task))
     return folder / "digits.yaml"
 
 

@@ -7,19 +7,12 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-from conftest import SHORT, STUDENT, bare
+from conftest import SHORT
+from test_digits import MODELS
 from ultralytics import YOLO
 
 from yolo_cwd.study import made_up
 
-MODELS = {
-    "detect": STUDENT,
-    "segment": bare("yolov8n-seg.yaml"),
-    "obb": bare("yolov8n-obb.yaml"),
-    "pose": bare("yolov8n-pose.yaml"),
-    "semantic": bare("yolo26n-sem.yaml"),
-    "depth": bare("yolo26n-depth.yaml"),
-}
 NAMES = {0: "cell", 1: "other"}
 
 

@@ -7,9 +7,6 @@ first needed, because Ultralytics writes what it has scanned beside the labels.
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from typing import Any
 import yaml
 
 from yolo_cwd.config import ConfigError
-from yolo_cwd.run.files import cache_folder
+from yolo_cwd.run.files import build_once, cache_folder, content_of
 
 NAME = "bccd"
 TASK = "detect"
@@ -31,25 +28,12 @@ STUDENT = FOLDER / "student.pt"
 def build(root: Path | None = None) -> Path:
     """Unpack the data set unless that has been done, and return the path of its YAML file.
 
-    It is unpacked under another name and renamed when complete. So a killed process leaves nothing that looks like a
-    data set, and two processes at once do not disturb each other.
-
     Args:
         root: Folder to unpack it in; by default the user's cache folder.
     """
-    content = hashlib.sha256(ARCHIVE.read_bytes()).hexdigest()[:8]  # another archive goes elsewhere
+    content = content_of(ARCHIVE)[:8]  # another archive goes elsewhere
     folder = (root or cache_folder()) / f"{NAME}-{content}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            _unpack(unfinished, folder)
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process was first, with the same content
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    build_once(folder, lambda unfinished: _unpack(unfinished, folder))
     return folder / f"{NAME}.yaml"
 
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,29 @@ def write_atomic(file: Path, content: str | bytes) -> None:
     """Write a file so that nobody ever sees a part of it, even after a kill."""
     with atomic_path(file) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def build_once(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Build a folder under another name and rename it when complete, unless it is there.
+
+    So a killed build leaves nothing that looks like it, and two builds at once do not disturb each other.
+
+    Args:
+        folder: The folder.
+        fill: Writes its content into the empty folder that it is given.
+    """
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        fill(unfinished)
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.exists():  # otherwise another process was first, with the same content
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def content_of(file: Path) -> str:

@@ -23,6 +23,7 @@ from yolo_cwd import __version__
 from yolo_cwd.config import Settings, model_path, split_options
 from yolo_cwd.method.checkpoint import is_obtainable
 from yolo_cwd.pool.images import list_images
+from yolo_cwd.run.files import content_of
 from yolo_cwd.run.request import data_of
 from yolo_cwd.run.teacher_record import content_of_model, images_of, labels_of
 from yolo_cwd.study.comparison import Comparison
@@ -98,7 +99,7 @@ def _labels(data: Mapping[str, Any], images: list[str]) -> list[Any]:
 
 def _text(file: str) -> tuple[str, str]:
     with suppress(FileNotFoundError):
-        return Path(file).name, hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        return Path(file).name, content_of(Path(file))
     return Path(file).name, ""
 
 

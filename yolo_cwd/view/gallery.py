@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from ultralytics import YOLO
+from ultralytics.data.utils import img2label_paths
 from ultralytics.utils.metrics import box_iou
 from ultralytics.utils.ops import xywh2xyxy
 
@@ -102,8 +103,10 @@ def draw_comparison(
 
 def read_labels(image: Path) -> Boxes:
     """Return the labeled boxes of an image in YOLO's layout."""
-    labels = image.parents[2] / "labels" / image.parent.name / f"{image.stem}.txt"
-    values = np.array([line.split() for line in labels.read_text(encoding="utf-8").splitlines()], float).reshape(-1, 5)
+    (labels,) = img2label_paths([str(image)])
+    values = np.array([line.split() for line in Path(labels).read_text(encoding="utf-8").splitlines()], float).reshape(
+        -1, 5
+    )
     return Boxes(xywh2xyxy(values[:, 1:]), values[:, 0].astype(int))
 
 

@@ -1,10 +1,12 @@
-"""The wheel, in an environment of its own; a drill of crashes."""
+"""The sources as a whole; the wheel, in an environment of its own; a drill of crashes."""
 
+import ast
 import subprocess
 import sys
 import tarfile
 import venv
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,26 @@ from yolo_cwd import __version__
 from yolo_cwd.config import OPTIONS
 
 ROOT = Path(__file__).parent.parent
+SOURCES = [file for folder in ("yolo_cwd", "scripts", "examples") for file in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def _opened_without_encoding(tree: ast.AST) -> Iterator[int]:
+    """Lines of the calls that open a text file in whatever encoding is the system's."""
+    for call in ast.walk(tree):
+        if not isinstance(call, ast.Call) or any(keyword.arg == "encoding" for keyword in call.keywords):
+            continue
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        words = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        needed = {"read_text": 1, "write_text": 2}.get(name, 0)  # arguments, if the encoding is one without a name
+        image = getattr(getattr(call.func, "value", None), "id", "") == "Image"  # Pillow's, which is no text
+        if len(call.args) < needed or (name in {"open", "fdopen"} and not image and not any("b" in w for w in words)):
+            yield call.lineno
+
+
+def test_every_text_file_is_opened_as_utf8() -> None:
+    found = {str(f): [*_opened_without_encoding(ast.parse(f.read_text(encoding="utf-8")))] for f in SOURCES}
+    assert len(found) > 20
+    assert {file: lines for file, lines in found.items() if lines} == {}
 
 
 @pytest.fixture(scope="module")

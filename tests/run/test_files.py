@@ -1,11 +1,10 @@
 """Files on systems with other rules: no flush of what is open for reading, no replacing of what is open, no UTF-8."""
 
-import ast
 import errno
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,9 +24,6 @@ from yolo_cwd.tasks import TASKS
 from yolo_cwd.view.report import read_curves
 
 fcntl = pytest.importorskip("fcntl", reason="how a file has been opened cannot be asked here")
-
-ROOT = Path(__file__).parents[2]
-SOURCES = [file for folder in ("yolo_cwd", "scripts", "examples") for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
 @pytest.fixture
@@ -196,25 +192,6 @@ def test_what_a_kill_has_left_goes_and_what_is_the_users_stays(tmp_path: Path) -
     files.remove_leftovers(tmp_path)
     assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()) == sorted(theirs)
     assert not (tmp_path / ".unfinished").exists()
-
-
-def _opened_without_encoding(tree: ast.AST) -> Iterator[int]:
-    """Lines of the calls that open a text file in whatever encoding is the system's."""
-    for call in ast.walk(tree):
-        if not isinstance(call, ast.Call) or any(keyword.arg == "encoding" for keyword in call.keywords):
-            continue
-        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-        words = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-        needed = {"read_text": 1, "write_text": 2}.get(name, 0)  # arguments, if the encoding is one without a name
-        image = getattr(getattr(call.func, "value", None), "id", "") == "Image"  # Pillow's, which is no text
-        if len(call.args) < needed or (name in {"open", "fdopen"} and not image and not any("b" in w for w in words)):
-            yield call.lineno
-
-
-def test_every_text_file_is_opened_as_utf8() -> None:
-    found = {str(f): [*_opened_without_encoding(ast.parse(f.read_text(encoding="utf-8")))] for f in SOURCES}
-    assert len(found) > 20
-    assert {file: lines for file, lines in found.items() if lines} == {}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The examples for clusters, for Ray Tune and for pruning."""
+"""The examples for clusters, for Ray Tune, for pruning and for growing."""
 
 import importlib
 import re
@@ -13,6 +13,7 @@ import yaml
 from conftest import SHORT
 from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT
+from ultralytics.nn.modules import C2PSA
 
 from yolo_cwd import cli
 from yolo_cwd.config import Settings, check_names, split_options
@@ -101,3 +102,48 @@ def test_what_the_pruning_splits_computes_the_same(monkeypatch: pytest.MonkeyPat
     split = prune.SplitC2f(block).eval()
     torch.testing.assert_close(split(x), before)
     torch.testing.assert_close(split.joined().eval()(x), before)
+
+
+@pytest.mark.parametrize("family", ["yolov8", "yolo11"])
+def test_growing_keeps_the_function(tmp_path: Path, family: str) -> None:
+    torch.manual_seed(0)
+    small = YOLO(f"{family}n.yaml")
+    for name, value in small.model.state_dict().items():
+        if value.is_floating_point() and name.split(".")[-2] != "conv":  # biases and normalizations as after a training
+            value.add_(torch.rand_like(value), alpha=0.2)
+    small.model.names = {i: f"class {i}" for i in range(80)}
+    small.save(tmp_path / "n.pt")
+    command = [sys.executable, EXAMPLES / "grow.py", tmp_path / "n.pt", f"{family}s.yaml", tmp_path / "grown.pt", "0"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    before, after = (YOLO(tmp_path / name) for name in ("n.pt", "grown.pt"))
+    assert after.names == small.model.names
+    assert count_parameters(after.model) > 3 * count_parameters(before.model)
+    x = torch.rand(2, 3, 64, 64)
+    expected, grown = (yolo.model.float().eval()(x)[0] for yolo in (before, after))
+    assert expected[:, 4:].logit().std() > 0.1
+    torch.testing.assert_close(grown[:, :4], expected[:, :4], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(grown[:, 4:].logit(), expected[:, 4:].logit(), rtol=1e-3, atol=1e-3)
+
+
+def test_grown_copies_can_become_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    grow = importlib.import_module("grow")
+    small, large = (YOLO(f"yolov8{size}.yaml").model for size in "ns")
+    grow.grow(small, large)
+    first, second = large.model[0].conv.weight.detach()[:2]
+    assert 0 < float((first - second).std() / first.std()) < 0.1
+
+
+def test_grown_attention_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    grow = importlib.import_module("grow")
+    small, large = (torch.nn.ModuleDict({"block": C2PSA(width, width)}) for width in (128, 256))
+    for parameter in small.parameters():
+        torch.nn.init.normal_(parameter)
+    grow.grow(small, large, noise=0)
+    x, copies = torch.rand(2, 128, 4, 4), grow.sources(128, 256)
+    expected = small["block"].eval()(x)[:, copies]
+    torch.testing.assert_close(
+        large["block"].eval()(x[:, copies]), expected, rtol=1e-3, atol=1e-4 * expected.std().item()
+    )

@@ -111,3 +111,20 @@ def test_readme_shows_only_what_is_measured() -> None:
     shown = [row for row in table if row["seeds"]]  # others are headings
     assert len(shown) >= 10
     assert [row for row in shown if claim(row) not in measured] == []
+
+
+def test_the_splits_are_those_that_are_described() -> None:
+    images: dict[str, dict[str, list[str]]] = {}
+    with (EVIDENCE.parent / "evidence" / "splits.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            images.setdefault(row["set"], {}).setdefault(row["split"], []).append(row["image"])
+            if row["in the quarter"]:
+                images[row["set"]].setdefault("quarter", []).append(row["image"])
+    text = EVIDENCE.read_text(encoding="utf-8")
+    (table,) = (rows for rows in tables(EVIDENCE) if "images" in rows[0])
+    for name, splits in images.items():
+        described = next(row["images"] for row in table if row["name"].startswith(name))
+        scored = len(splits["val"]) + len(splits.get("test", []))
+        assert described.startswith(f"{len(splits['train'])} training, {scored} ")
+        assert splits["quarter"] == splits["train"][::4]
+        assert name == "glue tubes" or f"{name} {len(splits['quarter'])}" in text

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import io
 import logging
 import os
 import shutil
@@ -231,3 +232,11 @@ def train_plain(data: str, tmp_path: Path) -> Callable[..., DetectionTrainer]:
         return trainer
 
     return run
+
+
+@pytest.fixture
+def ascii_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let text be ASCII where nothing else is asked for."""
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, stacklevel=2: encoding or "ascii")
+    with pytest.raises(UnicodeEncodeError):
+        Path(os.devnull).write_text("größer")

@@ -1,7 +1,6 @@
 """Files on systems with other rules: no flush of what is open for reading, no replacing of what is open, no UTF-8."""
 
 import errno
-import io
 import os
 import sys
 from collections.abc import Callable
@@ -11,14 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from test_compare import result
 from ultralytics.utils import LOGGER
 
 from yolo_cwd.run import files
 from yolo_cwd.run.files import atomic_checkpoints, atomic_strip, write_atomic
 from yolo_cwd.run.results import drop_rows_after
-from yolo_cwd.study import compare
 from yolo_cwd.study.dry_run import scratch_folder
 from yolo_cwd.tasks import TASKS
 from yolo_cwd.view.report import read_curves
@@ -194,14 +190,6 @@ def test_what_a_kill_has_left_goes_and_what_is_the_users_stays(tmp_path: Path) -
     assert not (tmp_path / ".unfinished").exists()
 
 
-@pytest.fixture
-def ascii_locale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let text be ASCII where nothing else is asked for."""
-    monkeypatch.setattr(io, "text_encoding", lambda encoding, stacklevel=2: encoding or "ascii")
-    with pytest.raises(UnicodeEncodeError):
-        Path(os.devnull).write_text("größer")
-
-
 @pytest.mark.usefixtures("ascii_locale")
 def test_rows_under_another_locale(tmp_path: Path) -> None:
     table = tmp_path / "größer.csv"
@@ -209,17 +197,3 @@ def test_rows_under_another_locale(tmp_path: Path) -> None:
     drop_rows_after(table, 2)
     assert table.read_bytes() == "epoch,train/cwd_weight,größe\n1,5,1\n2,4,1\n".encode()
     assert read_curves(table, {}, TASKS["detect"].score).weight == [5, 4]
-
-
-@pytest.mark.usefixtures("ascii_locale")
-def test_a_comparison_under_another_locale(
-    tmp_path: Path, data: str, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compare, "train_arm", lambda comparison, arm, seed: result(arm.name, seed, 0.1))
-    arms = yaml.safe_dump({"plain": {}, "größer": {"method": "cwd"}}, allow_unicode=True, sort_keys=False)
-    (tmp_path / "arms.yaml").write_bytes(arms.encode())
-    words = {"teacher": str(checkpoints / "small.pt"), "student": "yolov8n.yaml", "data": data, "device": "cpu"}
-    words |= {"arms": str(tmp_path / "arms.yaml"), "seeds": 2, "folder": str(tmp_path / "größer")}
-    assert list(compare.run(words)["arms"]) == ["plain", "größer"]
-    assert "| größer | 2 |" in (tmp_path / "größer" / "summary.md").read_text(encoding="utf-8")
-    assert compare.run(words)["arms"].keys() == {"plain", "größer"}  # and again, from what has been written

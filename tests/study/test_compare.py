@@ -450,3 +450,17 @@ def test_a_teacher_of_one_class_is_scored_on_data_of_one_class(
     words |= {"teacher": str(tmp_path / "one.pt"), "single_cls": True, "arms": "plain"}
     assert compare.run(words)["teacher"]["classes"].keys() == {"item"}
     assert compare.run({**words, "single_cls": False, "folder": words["folder"] + "2"})["teacher"] is None
+
+
+@pytest.mark.usefixtures("ascii_locale")
+def test_a_comparison_under_another_locale(
+    tmp_path: Path, data: str, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "train_arm", lambda comparison, arm, seed: result(arm.name, seed, 0.1))
+    arms = yaml.safe_dump({"plain": {}, "größer": {"method": "cwd"}}, allow_unicode=True, sort_keys=False)
+    (tmp_path / "arms.yaml").write_bytes(arms.encode())
+    words = {"teacher": str(checkpoints / "small.pt"), "student": "yolov8n.yaml", "data": data, "device": "cpu"}
+    words |= {"arms": str(tmp_path / "arms.yaml"), "seeds": 2, "folder": str(tmp_path / "größer")}
+    assert list(compare.run(words)["arms"]) == ["plain", "größer"]
+    assert "| größer | 2 |" in (tmp_path / "größer" / "summary.md").read_text(encoding="utf-8")
+    assert compare.run(words)["arms"].keys() == {"plain", "größer"}  # and again, from what has been written

@@ -465,9 +465,9 @@ def exists(path: str | Path) -> bool:
 
 def _paths(name: str, value: Any) -> tuple[str, ...]:
     """Return absolute paths; a string holds one path, or several separated by commas."""
-    if isinstance(value, str | Path | int) and not isinstance(value, bool):  # 2024 may be a folder
-        value = [value] if exists(str(value)) else str(value).split(",")
     paths = () if value is None else value
+    if isinstance(value, str | Path | int) and not isinstance(value, bool):  # 2024 may be a folder
+        paths = [value] if exists(str(value)) else str(value).split(",")
     if not isinstance(paths, list | tuple) or not all(isinstance(p, str | Path | int) and str(p) for p in paths):
         raise ConfigError(f"{name}={value}: not a path; give a folder, a glob, a .txt list, or several with commas")
     return tuple(str(Path(at_home(str(path).strip())).absolute()) for path in paths)

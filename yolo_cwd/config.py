@@ -439,7 +439,7 @@ def _number(name: str, value: Any, zero: bool = True, most: float = math.inf, or
     if not number or not 0 <= value <= most or (value == 0 and not zero):
         bound = "at least 0" if zero else "above 0"
         upper = f" and at most {most:g}" if most < math.inf else ""
-        example = _example(name, 100.0 if most > 1 else 0.9)
+        example = _example(name)
         raise ConfigError(f"{name}={value}: must be {or_else}a number {bound}{upper}, such as {name}={example}")
     return float(value)
 
@@ -497,6 +497,6 @@ def _stride(item: Any) -> int | None:
     return item if isinstance(item, int) and item in {4, 8, 16, 32, 64, 128} else None
 
 
-def _example(name: str, otherwise: float = 100.0) -> float:
+def _example(name: str) -> float:
     default = OPTIONS[name].default
-    return default if isinstance(default, int | float) else otherwise
+    return default if isinstance(default, int | float) else 100.0

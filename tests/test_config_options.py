@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from yolo_cwd import config
 from yolo_cwd.config import (
     OPTIONS,
     ConfigError,
+    Option,
     Settings,
     at_home,
     exists,
@@ -79,6 +81,19 @@ def test_defaults() -> None:
     assert vars(settings()) == DEFAULTS
     assert OPTIONS.keys() == {*DEFAULTS, "student"}
     assert OPTIONS["tau"].meaning.startswith("softmax temperature; larger values ")
+
+
+@pytest.mark.parametrize("shipped", ["beside the package", "in the package"])
+def test_options_are_read_where_they_are_shipped(
+    shipped: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ascii_locale: None
+) -> None:
+    """A checkout has the folder beside the package, a wheel inside it; neither depends on the locale."""
+    folder = tmp_path / "yolo_cwd" / "cfg" if shipped == "in the package" else tmp_path / "cfg"
+    folder.mkdir(parents=True)
+    (folder / "default.yaml").write_bytes("# größer\na: null # first # of two\nb: [1] # größer\n".encode())
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "yolo_cwd" / "config.py"))
+    first, second = Option("a", None, "first # of two"), Option("b", [1], "größer")
+    assert config._read_options() == {"a": first, "b": second}
 
 
 def test_every_option_arrives() -> None:
@@ -190,6 +205,7 @@ def test_the_weight_falls_with_the_epochs() -> None:
     assert [settings(schedule="linear").weight(i, 2) for i in range(2)] == [1, 0], "of what each level has"
     assert [settings(schedule="linear").weight(i, 1) for i in range(2)] == [1, 0]
     assert settings(**words, schedule="linear").weight(0, 0) == 8
+    assert [settings(**words, schedule="constant").weight(i, 3) for i in range(3)] == [8, 8, 8]
     assert (settings(cwd=3).strength, settings().strength) == (3, 1)
     assert (settings(cwd=3).balanced, settings().balanced) == (False, True)
 
@@ -242,6 +258,8 @@ def test_the_teacher_is_a_path_or_a_model(tmp_path: Path) -> None:
     assert settings(teacher=model).teacher is model
     assert settings(teacher=Path("a/b")).teacher == "a/b.pt"
     missing = "teacher: missing; name the stronger model to learn from, such as teacher=yolov8l.pt"
+    end = f"is a folder; name the model in it, such as {tmp_path}/weights/best.pt"
+    assert refusal(teacher=tmp_path) == f"teacher={tmp_path}: {end}"
     assert refusal(teacher=None) == refusal(teacher="") == missing
     end = "not a model; give a name, a .pt or .yaml path, or a YOLO model"
     for value, shown in ((0, 0), (8, 8), (True, True), (1.5, 1.5), (["a"], "list"), (("a",), "tuple"), ({}, "dict")):

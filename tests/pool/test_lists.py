@@ -6,15 +6,7 @@ from pathlib import Path
 import pytest
 from labeling import label
 
-from yolo_cwd.pool.lists import share
-
 pytestmark = pytest.mark.usefixtures("cache")
-
-
-def test_data_that_were_downloaded_in_part_are_used_whole() -> None:
-    images = [Path(f"{i}.jpg") for i in range(6)]
-    assert share(images, 0.5, {}) == images[:3]
-    assert share(images, 0.5, {"complete": True}) == images
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".yaml", ".json"])

@@ -26,7 +26,6 @@ from yolo_cwd.pool.images import (
     survey,
     unrepaired,
 )
-from yolo_cwd.pool.lists import share
 from yolo_cwd.pool.store import folder_for
 
 
@@ -163,15 +162,6 @@ def test_images_are_named_once_in_the_order_of_their_paths(tmp_path: Path) -> No
     (tmp_path / "list.txt").write_text("".join(f"{file}\n" for file in reversed(files)))
     assert list_images([str(tmp_path / "list.txt"), str(tmp_path / "pool")]) == files
     assert list_images([str(tmp_path / "absent")]) == []
-
-
-@pytest.mark.parametrize(
-    ("fraction", "used"),
-    [(1, 6), (1.0, 6), (0.5, 3), (0.1, 1), (0.25, 2), (2, 2), ([0.5, 1.0], 3), ([1.0, 0.5], 6)],
-)
-def test_the_share_of_the_images_that_ultralytics_would_use(fraction: float | list[float], used: int) -> None:
-    images = [Path(str(i)) for i in range(6)]
-    assert share(images, fraction, {}) == images[:used]
 
 
 def test_labels_are_kept_by_what_decides_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

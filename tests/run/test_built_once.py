@@ -155,3 +155,9 @@ def test_a_strip_gets_all_that_it_is_given(tmp_path: Path, monkeypatch: pytest.M
     best = str(tmp_path / "best.pt")
     assert asked == [(best, tmp_path, "", None), (best, tmp_path, "b.pt", {"a": 1}), (best, tmp_path, "fail", None)]
     assert names(tmp_path) == ["best.pt"]
+
+
+def test_two_processes_may_remove_what_a_kill_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one was faster: with the folder, and with a file that both have seen."""
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / ".last.pt.7"]))
+    files.remove_leftovers(tmp_path)

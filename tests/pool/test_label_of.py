@@ -170,7 +170,7 @@ def test_class_maps_have_the_classes_and_values_of_the_data() -> None:
     found = said(semantic_mask=values)
     label = label_of(found, form("semantic", {0: 1, 1: 0}, raw_ids={0: 7, 1: 0}), 0.5)
     written = cv2.imdecode(np.frombuffer(label.content, np.uint8), cv2.IMREAD_UNCHANGED)
-    assert written.shape == (HEIGHT, WIDTH)
+    assert (written.shape, written.dtype) == ((HEIGHT, WIDTH), np.uint8)
     assert [set(written[a:b].ravel().tolist()) for a, b in ((0, 10), (10, 15), (15, HEIGHT))] == [{7}, {255}, {0}]
     assert label.classes == Counter({0: 10 * WIDTH, 1: 35 * WIDTH})
 

@@ -1,6 +1,7 @@
 """Which images of a pool are used, by their content and number; no teacher is asked."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from ultralytics.utils import colorstr
 
 from yolo_cwd.config import ConfigError, Settings
 from yolo_cwd.pool.images import (
@@ -71,6 +73,7 @@ def test_every_split_that_models_are_scored_on_is_held_out(tmp_path: Path) -> No
     found = images_of_data({**lists, "names": {}, "train": [files["train"], files["train"]]})
     assert found.held_out == sorted(Path(files[split]) for split in ("val", "test", "minival"))
     assert found.train == [Path(files["train"])] * 2, "Ultralytics trains on it twice"
+    assert images_of_data({"train": str(tmp_path / "absent"), "val": []}) == Split([], [])
     assert images_of_data({"train": files["train"], "val": None}) == Split([Path(files["train"])], [])
 
 
@@ -135,11 +138,40 @@ def test_a_name_for_a_state_changes_with_all_of_it(tmp_path: Path) -> None:
         pytest.param("a.png", (40, 9), False, id="too narrow"),
         pytest.param("a.JPG", (20, 20), True, id="a suffix in capitals"),
         pytest.param("a.webp", (20, 20), True, id="not verified by Pillow"),
+        pytest.param("a.jp2", (20, 20), True, id="a suffix that is not the name of its format"),
         pytest.param("a.gif", (20, 20), False, id="no format of Ultralytics"),
     ],
 )
 def test_what_ultralytics_can_train_on(name: str, size: tuple[int, int], readable: bool, tmp_path: Path) -> None:
     assert is_readable(image(tmp_path / name, 0, size)) == readable
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp", "a.tif", "a.webp"])
+@pytest.mark.parametrize("suffix", ["", ".jpg", ".PNG"])
+def test_what_is_torn_cannot_be_trained_on(name: str, suffix: str, tmp_path: Path) -> None:
+    """Under whatever name, which need not say what is in it."""
+    whole = image(tmp_path / name, 0)
+    torn = tmp_path / f"torn{suffix or whole.suffix}"
+    torn.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    assert [is_readable(whole), is_readable(torn)] == [True, False]
+
+
+def test_a_path_that_is_no_text_cannot_be_written_into_a_list(tmp_path: Path) -> None:
+    whole = image(tmp_path / "a.png", 0)
+    assert not is_readable(whole.rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")))
+
+
+def test_who_waits_sees_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pool = [*some(tmp_path, [0, 1]), image(tmp_path / "other.bmp", 2, (30, 30))]
+    survey([], Split([], []))
+    assert capsys.readouterr().out == "", "for nothing"
+    survey(pool, Split([], []))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "100%" in line]
+    for line, doing, total in zip(
+        lines, ("looking at the images", "comparing images of one size"), (3, 2), strict=True
+    ):
+        assert f"{colorstr('CWD:')} {doing}: 100%" in line
+        assert f" {total}/{total} " in line
 
 
 def test_a_jpeg_that_lacks_its_end_would_be_repaired(tmp_path: Path) -> None:
@@ -193,23 +225,25 @@ def test_what_a_source_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert list_images([f"{pool}/?.b.bmp"], "source") == list_images([str(first)], "source") == [first]
     with pytest.raises(ConfigError, match=r"^source=.*/absent: names no file; give a folder, a glob, a \.txt list, or"):
         list_images([f"{pool}/absent"], "source")
-    with pytest.raises(ConfigError, match=r"^source=.*/\*\.gif: names no file"):
-        list_images([f"{pool}/*.gif"], "source")
+    (tmp_path / "gone.bmp").symlink_to(tmp_path / "absent")
+    for nothing in (f"{pool}/*.gif", str(tmp_path / "gone.bmp")):
+        with pytest.raises(ConfigError, match=rf"^source={re.escape(nothing)}: names no file"):
+            list_images([nothing], "source")
     monkeypatch.chdir(tmp_path)
     assert list_images(["pool"], "source") == [first, below]
 
 
-def test_lines_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ascii_locale: None) -> None:
     """Relative to the working folder where they are found there, unless they begin with `./`; else to the list."""
     for folder in ("here", "lists"):
-        for name in ("both.bmp", "größer.bmp"):
+        for name in ("both.bmp", "other.bmp", "größer.bmp"):
             image(tmp_path / folder / name, 0)
     here, lists = tmp_path / "here", tmp_path / "lists"
     (here / "größer.bmp").unlink()
     listing = lists / "LIST.TXT"
-    listing.write_text("\n both.bmp \ngrößer.bmp\n./both.bmp\n", encoding="utf-8-sig")
+    listing.write_text("both.bmp \n\n größer.bmp\n./other.bmp\n", encoding="utf-8-sig")
     monkeypatch.chdir(here)
-    assert list_images([str(listing)]) == [here / "both.bmp", lists / "both.bmp", lists / "größer.bmp"]
+    assert list_images([str(listing)]) == [here / "both.bmp", lists / "größer.bmp", lists / "other.bmp"]
     listing.write_bytes("größer.bmp".encode("latin-1"))
     for argument, said in (("source", "source"), ("", "data")):
         message = rf"^{said}=.*LIST\.TXT: not text in UTF-8; save the list as UTF-8$"

@@ -112,6 +112,11 @@ CASES = {
         SCORES,
         [maps(3, 2, 8, 10, seed=6), maps(3, 2, 4, 5, seed=7)],
     ),
+    "one class of one image": (
+        lambda: ClassTerm(levels_of(9, 9), [8, 16], [3], 1.0, 2.0),
+        SCORES[:1],
+        [maps(1, 1, 8, 10, seed=6), maps(1, 1, 4, 5, seed=7)],
+    ),
 }
 
 

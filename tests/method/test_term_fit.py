@@ -146,6 +146,14 @@ def test_options_reach_the_terms(adapter: str) -> None:
     assert torch.equal(term.adapter.weight, before) == (adapter == "conv")
 
 
+def test_the_temperature_reaches_the_class_maps() -> None:
+    terms, _ = built(["", "cat"], ["cat"], tau=2.0)
+    ours, theirs = ([maps(2, c, s, s, seed=s + c) for s in (8, 4, 2)] for c in (3, 1))
+    scores = torch.cat([m.flatten(2) for m in ours], -1)
+    expected = sum(reference(s[:, 1:2], t, 2.0) for s, t in zip(ours, theirs, strict=True))
+    assert terms[-1](scores, theirs).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_without_weight_no_class_maps_are_compared() -> None:
     terms, _ = built(["0"], ["0"], cwd=0.0, class_share=1.0)
     assert [term.name for term in terms] == ["P3", "P4", "P5"]

@@ -1,5 +1,6 @@
 """What a user reads of bad input: one line of plain text, with the reason and a remedy."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def yaml_error(text: str, around: str = "") -> Exception:
             "line 5 is not YAML: it cannot be read",
         ),
     ],
-    ids=str,
+    ids=itertools.count(),
 )
 def test_the_first_line_of_an_error(error: BaseException, line: str) -> None:
     assert first_line(error) == line

@@ -38,7 +38,7 @@ def flushed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return contents
 
 
-@pytest.mark.parametrize("content", ["größer", b"\x00\xff"])
+@pytest.mark.parametrize("content", ["größer", b"\x00\xff"], ids=["text", "bytes"])
 def test_content_is_on_the_disk_before_it_has_its_name(
     content: str | bytes, flushed: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

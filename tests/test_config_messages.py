@@ -79,7 +79,7 @@ def yaml_error(text: str, around: str = "") -> Exception:
         (ValueError(), "ValueError"),
         (ValueError("a.;."), "a"),
         (ValueError("a . b"), "a. b"),
-        (ValueError("\x1b[31m\x1b[1mred\x1b[0m ❌ ⚠️ 🚀 größer → 日本"), "red größer 日本"),
+        (ValueError("\x1b[K\x1b[31m\x1b[1mred\x1b[0m ❌ ⚠️ 🚀 größer → 日本"), "red größer 日本"),
         (ValueError("no images. See https://a.b/c. And more"), "no images"),
         (ValueError("no images. Verify it at http://a.b\nnext"), "no images"),
         (ValueError("Note dataset download directory is '/a'. You can change it\nno images"), "no images"),

@@ -111,3 +111,12 @@ def test_without_curves_gains_or_a_teacher_nothing_is_named(tmp_path: Path, monk
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **words: figures.append(figure))
     written(tmp_path, {"plain": {}, "late": {}}, [result("plain", 0, 0.3)])
     assert [figure.axes[0].get_legend() for figure in figures] == [None] * 3
+
+
+def test_an_arm_without_curves_leaves_those_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **words: figures.append(figure))
+    written(tmp_path, {"far": {}, "plain": {}}, RESULTS)
+    assert labels(figures[0].axes[0]) == ["plain"]
+    (bars,) = figures[2].axes[0].containers
+    assert {round(bar.get_width(), 6) for bar in bars} == {0.8}, "one arm has all the room"

@@ -126,7 +126,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     classes = list(yaml.safe_load(Path(data).read_text())["names"].values())
     teacher = YOLO(STUDENT)
     teacher.model.names = dict(enumerate(classes))
-    for name in ("best.pt", "pruned.pt"):
+    for name in ("best.pt", "pruned.pt", "grown.pt"):
         teacher.save(folder / name)
     _new_beside_old(folder)
     for run in ("teacher", "train"):

@@ -142,7 +142,7 @@ def test_images_that_cannot_be_used_are_told_and_left_out(
     assert list(label_files(completed(old["detect"], data))) == ["a"]
     assert "b.png: ignoring corrupt image/label" in caplog.text
     (tmp_path / "new" / "labels" / "train" / "a.txt").write_text("none\n")
-    with pytest.raises(ConfigError, match=r"data=.*: no training .*a\.png: ignoring corrupt"):
+    with pytest.raises(ConfigError, match=r"data=.*: .*a\.png: ignoring corrupt"):
         completed(old["detect"], data)
 
 

@@ -247,3 +247,9 @@ def ascii_locale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(io, "text_encoding", lambda encoding, stacklevel=2: encoding or "ascii")
     with pytest.raises(UnicodeEncodeError):
         Path(os.devnull).write_text("größer")
+
+
+@pytest.fixture
+def whole_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no message lose its middle, however long the path of the temporary folder is."""
+    monkeypatch.setattr("yolo_cwd.config.LONGEST", 10_000)

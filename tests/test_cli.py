@@ -371,6 +371,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.usefixtures("whole_messages")
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_a_full_disk(
     number: int, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -383,7 +384,6 @@ def test_a_full_disk(
         save_model(trainer)
 
     monkeypatch.setattr(CWDTrainer, "save_model", full)
-    monkeypatch.setattr("yolo_cwd.config.LONGEST", 1000)  # paths of tests are long
     given = [f"teacher={TEACHER}", f"student={STUDENT}", f"data={data}", *SHORT, "epochs=2", f"project={tmp_path}"]
     assert main(["train", *given]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("yolo_cwd: ")]

@@ -134,6 +134,7 @@ def test_classes_that_are_labeled_anywhere_are_left_to_the_labels(
         completed(old["detect"], data)
 
 
+@pytest.mark.usefixtures("whole_messages")
 def test_images_that_cannot_be_used_are_told_and_left_out(
     old: dict[str, str], say: Callable[..., Said], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -142,7 +143,7 @@ def test_images_that_cannot_be_used_are_told_and_left_out(
     assert list(label_files(completed(old["detect"], data))) == ["a"]
     assert "b.png: ignoring corrupt image/label" in caplog.text
     (tmp_path / "new" / "labels" / "train" / "a.txt").write_text("none\n")
-    with pytest.raises(ConfigError, match=r"data=.*: .*a\.png: ignoring corrupt"):
+    with pytest.raises(ConfigError, match=r"data=.*: no training .*a\.png: ignoring corrupt"):
         completed(old["detect"], data)
 
 

@@ -71,8 +71,8 @@ def main(source: str, config: str, target: str, noise: str = str(NOISE)) -> None
     large.model.names = small.names
     grow(small.model.float(), large.model, float(noise))
     large.save(target)
-    sizes = (sum(p.numel() for p in yolo.model.parameters()) for yolo in (small, large))
-    print("{}: {:,} parameters instead of {:,}".format(target, *reversed(list(sizes))))
+    before, after = (sum(p.numel() for p in yolo.model.parameters()) for yolo in (small, large))
+    print(f"{target}: {after:,} parameters instead of {before:,}")
 
 
 if __name__ == "__main__":

@@ -36,16 +36,7 @@ RECIPES = sorted((ROOT / "cfg" / "recipes").glob("*.yaml"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LONG = {"evidence.md", "scale.md"}  # measurements, and commands for several machines
 OPTION_TABLES = {ROOT / "README.md": 5, ROOT / "docs" / "options.md": len(OPTIONS)}  # with so many options each
-OTHER_ARGUMENTS = {
-    "method",
-    "student",
-    "arms",
-    "folder",
-    "seeds",
-    "split",
-    "format",
-    "part",
-}  # of our commands and scripts
+OTHER_ARGUMENTS = {"method", "student", "arms", "folder", "seeds", "split", "format", "part"}  # of our own commands
 OTHER_ARGUMENTS |= {"use_ray", "space", "weights", "trainer"}  # of Python calls
 OTHER_ARGUMENTS |= {"tensorboard", "wandb"}  # settings of Ultralytics
 FOLDERS = ("yolo_cwd", "method", "pool", "run", "study", "view", "cfg", "docs", "examples", "scripts", "tests")

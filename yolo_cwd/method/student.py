@@ -34,6 +34,11 @@ class KeepsShape:
         return keep_pruned_shape(weights, rebuilt, self.args.model, self.args.data)
 
 
+def keeping_shape(trainer: type[Any]) -> type[Any]:
+    """Return a trainer of Ultralytics under which a pruned student keeps its shape."""
+    return type(trainer.__name__, (KeepsShape, trainer), {})
+
+
 def is_pruned(weights: nn.Module, rebuilt: nn.Module) -> bool:
     """Return whether the tensors of a checkpoint differ in shape from those of the model that its YAML describes.
 

@@ -32,7 +32,7 @@ from ultralytics.utils.torch_utils import strip_optimizer
 
 from yolo_cwd import bccd
 from yolo_cwd.config import ConfigError, Settings, split_options
-from yolo_cwd.method.student import KeepsShape
+from yolo_cwd.method.student import keeping_shape
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.run.refusal import unwritable
 from yolo_cwd.run.results import drop_rows_after, read_rows
@@ -246,8 +246,7 @@ def _train(method: str, task: Task, words: dict[str, Any], folder: Path) -> floa
 
 def _trainer(method: str, task: Task, words: dict[str, Any]) -> Any:
     """Return the trainer of a run: ours, or Ultralytics' own, which would train a pruned student at full width."""
-    plain = type(task.trainer.__name__, (KeepsShape, task.trainer), {})
-    return (CWDTrainer if method == "cwd" else plain)(overrides=words)
+    return (CWDTrainer if method == "cwd" else keeping_shape(task.trainer))(overrides=words)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from ultralytics.utils.torch_utils import unset_deterministic
 
 from yolo_cwd.config import refused_as
 from yolo_cwd.method.prepare import choose_precision
-from yolo_cwd.method.student import KeepsShape
+from yolo_cwd.method.student import keeping_shape
 from yolo_cwd.run.refusal import refusal, require_models
 from yolo_cwd.run.shared import SharedChange
 from yolo_cwd.tasks import Task
@@ -41,7 +41,7 @@ class NoCallbacks:
 
 def plain_dry_run(task: Task) -> type[Any]:
     """Return Ultralytics' own trainer for a task, without callbacks; a pruned student keeps its shape."""
-    return type("PlainRehearsal", (NoCallbacks, KeepsShape, task.trainer), {})
+    return type("PlainRehearsal", (NoCallbacks, keeping_shape(task.trainer)), {})
 
 
 class DistilledDryRun(NoCallbacks, CWDTrainer):

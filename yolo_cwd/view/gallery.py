@@ -103,10 +103,8 @@ def draw_comparison(
 
 def read_labels(image: Path) -> Boxes:
     """Return the labeled boxes of an image in YOLO's layout."""
-    (labels,) = img2label_paths([str(image)])
-    values = np.array([line.split() for line in Path(labels).read_text(encoding="utf-8").splitlines()], float).reshape(
-        -1, 5
-    )
+    (labels,) = map(Path, img2label_paths([str(image)]))
+    values = np.array([line.split() for line in labels.read_text(encoding="utf-8").splitlines()], float).reshape(-1, 5)
     return Boxes(xywh2xyxy(values[:, 1:]), values[:, 0].astype(int))
 
 

@@ -182,14 +182,19 @@ def test_every_cell_of_the_table(tmp_path: Path) -> None:
 
 def test_the_files_say_what_was_measured(tmp_path: Path) -> None:
     taught = [result("cwd", r["seed"], r["score"] + 0.04, 15, cat=0.9) for r in PLAIN]
-    summary = written(tmp_path, {"plain": {}, "cwd": {"tau": 2.0}}, [*PLAIN, *taught], teacher=TEACHER)
+    teacher = {**TEACHER, "classes": {"cat": 0.4, "emu": 0.5}}
+    summary = written(tmp_path, {"plain": {}, "cwd": {"tau": 2.0}}, [*PLAIN, *taught], teacher=teacher)
     found = json.loads((tmp_path / "summary.json").read_text())
     assert found["comparison"]["arms"]["cwd"] == {"tau": 2.0}
     assert found["runs"] == [*taught, *PLAIN]
     assert found["arms"]["cwd"]["gain"] == pytest.approx(0.04)
     rows = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
-    assert rows[0] == {"arm": "cwd", "seed": "0", "mAP50-95": "0.34000", "mAP50": "0.54000", "seconds": "15.0"}
-    assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for arm in ("cwd", "plain") for seed in "012"]
+    of_classes = [f"mAP50-95 {name}" for name in ("cat", "dog", "emu", "owl")]
+    assert list(rows[0]) == ["arm", "seed", "mAP50-95", "mAP50", "seconds", *of_classes]
+    assert list(rows[0].values()) == ["cwd", "0", "0.34000", "0.54000", "15.0", "0.90000", "", "", ""]
+    assert list(rows[3].values()) == ["plain", "0", "0.30000", "0.50000", "10.0", "0.20000", "0.10000", "", "0.50000"]
+    assert list(rows[6].values()) == ["teacher", "", "0.44000", "0.60000", "", "0.40000", "", "0.50000", ""]
+    assert [(row["arm"], row["seed"]) for row in rows[:6]] == [(a, seed) for a in ("cwd", "plain") for seed in "012"]
     text = (tmp_path / "summary.md").read_text()
     assert text.splitlines()[:2] == ["| " + " | ".join(table(summary)[0]) + " |", "|---" * 10 + "|"]
     assert text.splitlines()[4] == "| " + " | ".join(table(summary)[3]) + " |"

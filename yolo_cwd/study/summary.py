@@ -25,7 +25,7 @@ from scipy.stats import t as student_t
 
 from yolo_cwd import __version__
 from yolo_cwd.run.files import write_atomic
-from yolo_cwd.study.results import of_runs, of_teacher
+from yolo_cwd.study.results import TEACHER, of_runs, of_teacher
 from yolo_cwd.tasks import TASKS, Score, Task
 from yolo_cwd.view.plots import COLORS
 
@@ -150,7 +150,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
     """Write the summary of a comparison's complete runs in all formats, and return it."""
     summary, results = summary_of(folder), of_runs(folder)
     write_atomic(folder / "summary.json", json.dumps({**summary, "runs": results}, indent=1))
-    write_atomic(folder / "summary.csv", _csv(results, summary["scores"]))
+    write_atomic(folder / "summary.csv", _csv(results, summary["teacher"], summary["scores"]))
     write_atomic(folder / "summary.md", _markdown(table(summary), summary))
     _draw(folder, summary, results)
     return summary
@@ -204,12 +204,17 @@ def as_text(lines: list[list[str]]) -> str:
     )
 
 
-def _csv(results: list[dict[str, Any]], labels: list[str]) -> str:
+def _csv(results: list[dict[str, Any]], teacher: dict[str, Any] | None, labels: list[str]) -> str:
+    """Return a row for each run and, without a seed, for a teacher that has a score; classes have columns."""
+    rows = [*results, *([{"arm": TEACHER, "seed": "", **teacher}] if teacher else [])]
+    classes = sorted({name for row in rows for name in row["classes"]})
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["arm", "seed", *labels, "seconds"])
-    for r in results:
-        writer.writerow([r["arm"], r["seed"], f"{r['score']:.5f}", f"{r['second']:.5f}", f"{r['seconds']:.1f}"])
+    writer.writerow(["arm", "seed", *labels, "seconds", *(f"{labels[0]} {name}" for name in classes)])
+    for row in rows:
+        seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
+        of_classes = [f"{row['classes'][name]:.5f}" if name in row["classes"] else "" for name in classes]
+        writer.writerow([row["arm"], row["seed"], f"{row['score']:.5f}", f"{row['second']:.5f}", seconds, *of_classes])
     return stream.getvalue()
 
 

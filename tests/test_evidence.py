@@ -24,14 +24,29 @@ def tables(page: Path) -> Iterator[list[Row]]:
 
 
 def raw(name: str, data: str = "") -> Scores:
-    """Read a raw file: the first score of each run, in a file of several data sets those of one."""
+    """Read a raw file: the first score of each run, of one data set where it has several. A teacher has seed 0."""
     scores: Scores = {}
-    with (EVIDENCE.parent / "evidence" / f"{name}.csv").open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row.pop("set", "") == data:
-                arm, seed, score, *_ = row.values()
-                scores.setdefault(arm, {})[int(seed)] = 100 * float(score)
+    for row in rows_of(name):
+        if row.pop("set", "") == data:
+            arm, seed, score, *_ = row.values()
+            scores.setdefault(arm, {})[int(seed or 0)] = 100 * float(score)
     return scores
+
+
+def rows_of(name: str) -> list[Row]:
+    with (EVIDENCE.parent / "evidence" / f"{name}.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+RAW = (EVIDENCE.parent / "evidence").glob("*.csv")
+BY_CLASS = [file.stem for file in RAW if "mAP50-95 " in file.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", BY_CLASS)
+def test_scores_by_class_have_the_score_as_their_mean(name: str) -> None:
+    for row in rows_of(name):
+        classes = [float(value) for column, value in row.items() if column.startswith("mAP50-95 ") and value]
+        assert fmean(classes) == pytest.approx(float(row["mAP50-95"]), abs=2e-5)
 
 
 def gain(scores: Scores, arm: str, over: str, seeds: list[int]) -> str:
@@ -57,6 +72,8 @@ def test_rows_are_those_of_their_raw_file(row: Row) -> None:
     assert row.get("gain over plain", row.get("gain")) == gain(scores, best, "plain", seeds)
     if "gain over yolo_cwd" in row:
         assert row["gain over yolo_cwd"] == gain(scores, best, "cwd", seeds)
+    if "teacher" in scores:
+        assert row["teacher"] == f"{scores['teacher'][0]:.1f}"
     if "of the lead" in row:
         lead = float(row["teacher"]) - means["plain"]
         assert row["of the lead"] == f"{(means['cwd'] - means['plain']) / lead:.0%}"
@@ -115,11 +132,10 @@ def test_readme_shows_only_what_is_measured() -> None:
 
 def test_the_splits_are_those_that_are_described() -> None:
     images: dict[str, dict[str, list[str]]] = {}
-    with (EVIDENCE.parent / "evidence" / "splits.csv").open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            images.setdefault(row["set"], {}).setdefault(row["split"], []).append(row["image"])
-            if row["in the quarter"]:
-                images[row["set"]].setdefault("quarter", []).append(row["image"])
+    for row in rows_of("splits"):
+        images.setdefault(row["set"], {}).setdefault(row["split"], []).append(row["image"])
+        if row["in the quarter"]:
+            images[row["set"]].setdefault("quarter", []).append(row["image"])
     text = EVIDENCE.read_text(encoding="utf-8")
     (table,) = (rows for rows in tables(EVIDENCE) if "images" in rows[0])
     for name, splits in images.items():

@@ -84,14 +84,17 @@ def arm_of(row: Row) -> str:
     return named[1] if named else "plain"
 
 
-def test_the_first_command_is_that_of_its_raw_file() -> None:
-    (table,) = (rows for rows in tables(EVIDENCE) if "nuclei" in rows[0])
+FIRST_COMMAND = [table for table in tables(EVIDENCE) if "nuclei" in table[0]]
+
+
+@pytest.mark.parametrize("table", FIRST_COMMAND, ids=lambda table: arm_of(table[0]))
+def test_the_first_command_is_that_of_its_raw_file(table: list[Row]) -> None:
     for head, data in zip(list(table[0])[1:], ("bccd", "nuclei", "parking"), strict=True):
-        scores, arm = raw("first-command", data), ""
+        scores, arm, plain = raw("first-command", data), "", arm_of(table[0])
         for row in table:
             if row[""] == "over plain":
-                seeds = sorted(scores.get(arm, {}).keys() & scores["plain"].keys())
-                assert row[head] == (gain(scores, arm, "plain", seeds) if seeds else "")
+                seeds = sorted(scores.get(arm, {}).keys() & scores[plain].keys())
+                assert row[head] == (gain(scores, arm, plain, seeds) if seeds else "")
                 continue
             arm = arm_of(row)
             assert row[head].partition(" (")[0] == ", ".join(f"{score:.1f}" for score in scores.get(arm, {}).values())

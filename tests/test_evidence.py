@@ -87,14 +87,14 @@ def arm_of(row: Row) -> str:
 FIRST_COMMAND = [table for table in tables(EVIDENCE) if "nuclei" in table[0]]
 
 
-@pytest.mark.parametrize("table", FIRST_COMMAND, ids=lambda table: arm_of(table[0]))
-def test_the_first_command_is_that_of_its_raw_file(table: list[Row]) -> None:
+@pytest.mark.parametrize(("epochs", "table"), list(zip((30, 100), FIRST_COMMAND, strict=True)), ids=("30", "100"))
+def test_the_first_command_is_that_of_its_raw_file(epochs: int, table: list[Row]) -> None:
     for head, data in zip(list(table[0])[1:], ("bccd", "nuclei", "parking"), strict=True):
-        scores, arm, plain = raw("first-command", data), "", arm_of(table[0])
+        scores, arm = raw("first-command", data) if epochs == 30 else raw(f"first-command-{epochs}-{data}"), ""
         for row in table:
             if row[""] == "over plain":
-                seeds = sorted(scores.get(arm, {}).keys() & scores[plain].keys())
-                assert row[head] == (gain(scores, arm, plain, seeds) if seeds else "")
+                seeds = sorted(scores.get(arm, {}).keys() & scores["plain"].keys())
+                assert row[head] == (gain(scores, arm, "plain", seeds) if seeds else "")
                 continue
             arm = arm_of(row)
             assert row[head].partition(" (")[0] == ", ".join(f"{score:.1f}" for score in scores.get(arm, {}).values())

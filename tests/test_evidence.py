@@ -12,6 +12,7 @@ from yolo_cwd.study.summary import paired_interval
 
 ROOT = Path(__file__).parent.parent
 EVIDENCE = ROOT / "docs" / "evidence.md"
+RAW = ROOT / "docs" / "evidence"
 ARMS = {"plain": "plain", "built-in": "builtin", "yolo_cwd": "cwd", "and `unlabeled=`": "pool"}
 Row = dict[str, str]  # cells by the heading of their column, without bold marks
 Scores = dict[str, dict[int, float]]  # in points, by arm and seed
@@ -34,12 +35,11 @@ def raw(name: str, data: str = "") -> Scores:
 
 
 def rows_of(name: str) -> list[Row]:
-    with (EVIDENCE.parent / "evidence" / f"{name}.csv").open(encoding="utf-8") as file:
+    with (RAW / f"{name}.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-RAW = (EVIDENCE.parent / "evidence").glob("*.csv")
-BY_CLASS = [file.stem for file in RAW if "mAP50-95 " in file.read_text(encoding="utf-8")]
+BY_CLASS = [file.stem for file in RAW.glob("*.csv") if "mAP50-95 " in file.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("name", BY_CLASS)

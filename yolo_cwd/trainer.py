@@ -352,9 +352,8 @@ class CWDTrainer(KeepsShape, DetectionTrainer):
         terms, head = self.distillation.terms, unwrap_model(self.model).model[-1]
         with hooks_set_aside(head), set_aside(self.optimizer, list(terms.parameters())):
             super()._load_checkpoint_state(ckpt)  # makes the EMA anew, as a copy of the student
-        self.state.epochs = distributed.broadcast_object(
-            self.state.epochs
-        )  # the first process alone remembers what it saves
+        # The first process alone remembers what it saves.
+        self.state.epochs = distributed.broadcast_object(self.state.epochs)
         self.state.restore(ckpt["epoch"], terms, self.optimizer)
         if self.distillation.criterion is not None and not self.state.measured:  # after a loss that was not finite
             self._fit_or_restore()

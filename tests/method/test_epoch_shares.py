@@ -42,6 +42,14 @@ def test_what_tells_nothing_is_not_counted(task: float, ours: float) -> None:
         assert meter.means.tolist() == [[16.0, 1.0]]
 
 
+def test_an_epoch_of_weight_0_does_not_spoil_the_step_that_follows() -> None:
+    """Its last batches are due with those of the next epoch, and nothing is recorded of them."""
+    meter = GradientMeter(["P3"])
+    meter.count(torch.zeros(1))
+    step(meter, 4.0, 1.0)
+    assert meter.means.tolist() == [[16.0, 1.0]]
+
+
 def test_tiny_gradients_keep_their_direction() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.tensor([5e-7])

@@ -66,6 +66,14 @@ def test_a_run_that_has_moved_goes_on_where_it_is(train: Train, tmp_path: Path) 
     assert [run.name for run in moved.parent.iterdir()] == ["moved"]
 
 
+def test_a_resumed_run_keeps_the_precision_that_its_teacher_chose(train: Train, tmp_path: Path) -> None:
+    """Another machine might choose another one."""
+    last = interrupted(train, tmp_path, 1, epochs=2, teacher_dtype="auto")
+    chosen = load_state(last).options["teacher_dtype"]
+    assert chosen != "auto"
+    assert resume(last).distillation.teacher.precision.name == chosen
+
+
 def test_a_resumed_run_keeps_its_device(train: Train, tmp_path: Path) -> None:
     last = interrupted(train, tmp_path, 1, epochs=2)
     assert CWDTrainer(overrides={"resume": str(last)}).args.device == "cpu", "not the default, which is empty"

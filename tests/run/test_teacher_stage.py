@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +204,7 @@ def test_networks_that_cannot_be_trained_teach_as_they_are(staged: Train, said: 
 
 def test_an_object_is_trained_from_what_it_is(staged: Train, models: dict[str, str], tmp_path: Path) -> None:
     model = YOLO(models["teacher"])
+    model.model.criterion = lambda: "of its own training, which no checkpoint can hold"
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
     by_object = staged(teacher=model, name="object")
     by_path = staged(name="path")
@@ -289,6 +291,33 @@ def test_a_trained_teacher_is_not_trained_again(
     assert len(trained) == 2, "another learning rate makes another teacher"
 
 
+def test_a_teacher_is_trained_again_on_new_labels(
+    staged: Train, data: str, trained: list[TeacherTrainer], tmp_path: Path
+) -> None:
+    description = yaml.safe_load(Path(data).read_text())
+    root = shutil.copytree(description["path"], tmp_path / "own")
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump({**description, "path": str(root)}))
+    for name, known in (("first", 1), ("second", 1)):
+        staged(name=name, data=str(own))
+        assert len(trained) == known
+    label = next((root / "labels" / "train").glob("*.txt"))
+    label.write_text(label.read_text() + "1 0.5 0.5 0.2 0.2\n")
+    staged(name="third", data=str(own))
+    assert len(trained) == 2
+
+
+def test_a_student_is_as_deterministic_as_without_a_first_stage(staged: Train) -> None:
+    modes: list[bool] = []
+
+    def note(_: CWDTrainer) -> None:
+        modes.append(torch.are_deterministic_algorithms_enabled())
+
+    for deterministic in (True, False):
+        staged(deterministic=deterministic, name=f"run-{deterministic}", callbacks={"on_train_start": note})
+    assert modes == [True, False]
+
+
 def test_a_run_resumes_while_its_teacher_is_trained(
     staged: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[TeacherTrainer]
 ) -> None:
@@ -306,14 +335,17 @@ def test_a_run_resumes_while_its_teacher_is_trained(
     assert [folder.name for folder in moved.parent.iterdir()] == ["moved"]
 
 
+@pytest.mark.parametrize("event", ["on_pretrain_routine_end", "on_train_start"])
 def test_a_run_resumes_between_its_stages(
-    staged: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[TeacherTrainer]
+    event: str, staged: Train, tmp_path: Path, trained: list[TeacherTrainer]
 ) -> None:
+    """A trained teacher is kept even where its student's training cannot be set up."""
+
     def stop(trainer: CWDTrainer) -> None:
         raise StopError
 
     with pytest.raises(StopError):
-        staged(name="run", callbacks={"on_train_start": stop})
+        staged(name="run", callbacks={event: stop})
     checkpoint = tmp_path / "runs" / "run" / "teacher" / "weights" / "last.pt"
     trainer = CWDTrainer(overrides={"resume": str(checkpoint)})
     trainer.train()

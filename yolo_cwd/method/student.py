@@ -72,9 +72,7 @@ def keep_pruned_shape(weights: nn.Module, rebuilt: nn.Module, student: Any, data
             f"student={student}: a pruned checkpoint keeps its shape and its {classes(weights)} classes, data={data} "
             f"has {classes(rebuilt)}; fine-tune it to the data's classes before you prune it"
         )
-    model = deepcopy(weights).float().requires_grad_(True)
-    model.names = rebuilt.names
-    return model.train()
+    return deepcopy(weights).float().requires_grad_(True).train()
 
 
 def classes(model: nn.Module) -> int:

@@ -54,19 +54,8 @@ STUDENTS_OWN = {  # arguments of the run that are not for its teacher
     *("save", "save_dir", "cfg"),
 }
 ON_RESUME = {  # what Ultralytics lets a resumed training change
-    *(
-        "imgsz",
-        "batch",
-        "device",
-        "close_mosaic",
-        "save_period",
-        "workers",
-        "cache",
-        "patience",
-        "val",
-        "plots",
-        "data",
-    ),
+    *("imgsz", "batch", "device", "close_mosaic", "save_period", "workers", "cache", "patience", "val", "plots"),
+    "data",
 }
 LEAST_TIME = 1 / 3600  # hours for the student, whatever its teacher has taken: 0 would be without limit
 BEGINNING = "on_pretrain_routine_start"

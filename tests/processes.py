@@ -147,6 +147,16 @@ def write_alone(folder: str) -> None:
             file.write(f"{os.environ['RANK']} ")
 
 
+def receive(name: str) -> None:
+    """Receive a file of the first process, as the only one of a machine, whose folder the others do not see."""
+    os.environ["LOCAL_RANK"] = "0"
+    from yolo_cwd.run import torchrun
+    from yolo_cwd.run.teacher_stage import _deliver
+
+    torchrun.join("cpu")
+    _deliver(Path(os.environ["RANK"]) / "weights" / name)
+
+
 def together(processes: int, function: str, *words: str, cwd: Path) -> list[Ended]:
     """Let so many processes join, as `torchrun` does: once one of them fails, it ends the others."""
     from ultralytics.utils.dist import find_free_network_port

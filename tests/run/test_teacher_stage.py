@@ -419,6 +419,15 @@ def test_two_processes_train_both_stages(models: dict[str, str], data: str, tmp_
     assert [folder.name for folder in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_trained_teacher_comes_to_machines_that_do_not_see_its_folder(tmp_path: Path) -> None:
+    trained = tmp_path / "0" / "weights" / "best.pt"
+    trained.parent.mkdir(parents=True)
+    trained.write_bytes(b"weights")
+    ended = together(2, "processes:receive", "best.pt", cwd=tmp_path)
+    assert [one.code for one in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    assert (tmp_path / "1" / "weights" / "best.pt").read_bytes() == b"weights"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 @pytest.mark.parametrize("stage", ["teacher/weights/last.pt", "weights/last.pt"])

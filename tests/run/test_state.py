@@ -1,6 +1,7 @@
 """Going on after an interruption: nothing is lost, nothing is torn, nothing is trained twice."""
 
 import csv
+import math
 import os
 import signal
 import time
@@ -321,6 +322,21 @@ def test_terms_after_resume_are_of_the_same_columns(train: Train, tmp_path: Path
     last = interrupted(train, tmp_path, 1, epochs=2)
     table = rows(resume(last))
     assert all(row[f"train/{term}"] > 0 for row in table for term in TERMS)
+
+
+def test_a_table_of_other_columns_goes_on_with_both(train: Train, tmp_path: Path) -> None:
+    """As another release has written it."""
+    last = interrupted(train, tmp_path, 1, epochs=2)
+    table = last.parents[1] / "results.csv"
+    table.write_text(table.read_text().replace("train/P3_nats", "train/of_old"))
+    first, second = rows(resume(last))
+    assert list(first) == list(second)
+    assert math.isnan(first["train/P3_nats"])
+    assert second["train/P3_nats"] > 0
+    assert first["train/of_old"] > 0
+    assert math.isnan(second["train/of_old"])
+    assert first["train/P5_nats"] > 0
+    assert second["train/cwd_loss"] > 0
 
 
 def test_plain_ultralytics_takes_a_checkpoint_in_the_middle_of_a_run(train: Train, tmp_path: Path, data: str) -> None:

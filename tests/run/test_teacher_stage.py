@@ -230,12 +230,19 @@ def test_a_detector_is_trained_on_outlines(
     assert not isinstance(trained[0], TASKS["segment"].trainer)
 
 
-@pytest.mark.parametrize(("task", "student"), [("detect", "yolov8n.yaml"), ("pose", "yolo11n-pose.yaml")])
+@pytest.mark.parametrize(
+    ("task", "student", "teacher", "needs"),
+    [
+        ("detect", "yolov8n.yaml", "segment", "outlines"),
+        ("pose", "yolo11n-pose.yaml", "segment", "outlines"),
+        ("pose", "yolo11n-pose.yaml", "teacher", "boxes or outlines alone"),
+    ],
+)
 def test_a_teacher_whose_labels_are_not_there_is_refused(
-    task: str, student: str, sets: dict[str, str], models: dict[str, str], tmp_path: Path
+    task: str, student: str, teacher: str, needs: str, sets: dict[str, str], models: dict[str, str], tmp_path: Path
 ) -> None:
-    options = {"model": bare(student), "teacher": models["segment"], "teacher_epochs": "auto"}
-    with pytest.raises(ConfigError, match=f"needs outlines.*teacher for task={task}, or teacher_epochs=0"):
+    options = {"model": bare(student), "teacher": models[teacher], "teacher_epochs": "auto"}
+    with pytest.raises(ConfigError, match=f"{needs}, which.*teacher for task={task}, or teacher_epochs=0"):
         short_trainings(sets[task], tmp_path)(**options)
     assert not (tmp_path / "runs").exists()
 

@@ -14,14 +14,8 @@ from yolo_cwd.config import ConfigError, split_options
 from yolo_cwd.run.request import data_of
 from yolo_cwd.tasks import TASKS, Task
 
-OF_TRAINING = {
-    "model",
-    "mode",
-    "rect",
-    "compile",
-    "resume",
-    "save_dir",
-}  # arguments that mean nothing, or something else, in `val`
+# Arguments that mean nothing, or something else, in `val`.
+OF_TRAINING = {"model", "mode", "rect", "compile", "resume", "save_dir"}
 SILENT = {"exist_ok": True, "plots": False, "verbose": False, "save_json": False, "save_txt": False, "cache": False}
 
 

@@ -67,14 +67,6 @@ def test_a_run_that_has_moved_goes_on_where_it_is(train: Train, tmp_path: Path) 
     assert [run.name for run in moved.parent.iterdir()] == ["moved"]
 
 
-def test_a_resumed_run_keeps_the_precision_that_its_teacher_chose(train: Train, tmp_path: Path) -> None:
-    """Another machine might choose another one."""
-    last = interrupted(train, tmp_path, 1, epochs=2, teacher_dtype="auto")
-    chosen = load_state(last).options["teacher_dtype"]
-    assert chosen != "auto"
-    assert resume(last).distillation.teacher.precision.name == chosen
-
-
 def test_a_resumed_run_keeps_its_device(train: Train, tmp_path: Path) -> None:
     last = interrupted(train, tmp_path, 1, epochs=2)
     assert CWDTrainer(overrides={"resume": str(last)}).args.device == "cpu", "not the default, which is empty"
@@ -319,9 +311,13 @@ def test_signals_end_a_training_with_one_line(data: str, tmp_path: Path, number:
 
 
 def test_terms_after_resume_are_of_the_same_columns(train: Train, tmp_path: Path) -> None:
-    last = interrupted(train, tmp_path, 1, epochs=2)
-    table = rows(resume(last))
-    assert all(row[f"train/{term}"] > 0 for row in table for term in TERMS)
+    """And of a teacher in the precision that it had chosen, though another machine might choose another one."""
+    last = interrupted(train, tmp_path, 1, epochs=2, teacher_dtype="auto")
+    chosen = load_state(last).options["teacher_dtype"]
+    assert chosen != "auto"
+    trainer = resume(last)
+    assert trainer.distillation.teacher.precision.name == chosen
+    assert all(row[f"train/{term}"] > 0 for row in rows(trainer) for term in TERMS)
 
 
 def test_a_table_of_other_columns_goes_on_with_both(train: Train, tmp_path: Path) -> None:

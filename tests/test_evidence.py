@@ -109,6 +109,19 @@ def test_the_choice_of_the_defaults_is_that_of_its_raw_file() -> None:
         assert row["by seed"] == ", ".join(f"{points:+.1f}" for points in gains)
 
 
+def test_trials_are_those_of_their_raw_files() -> None:
+    (table,) = (rows for rows in tables(EVIDENCE) if "trial" in rows[0])
+    for row in table:
+        named = re.search(r"\(`(\w+)`\)$", row["trial"])
+        assert named
+        for head, name in (("parking", "long-parking"), ("BCCD", "long-bccd")):
+            scores = raw(name)
+            seeds = sorted(scores[named[1]].keys() & scores["cwd"].keys())
+            shown = gain(scores, named[1], "cwd", seeds)
+            assert row["seeds"] == str(len(seeds))
+            assert row[head] == (shown if len(seeds) > 1 else shown.partition(" (")[0])
+
+
 def test_new_classes_are_those_of_their_raw_file() -> None:
     (table,) = (rows for rows in tables(EVIDENCE) if "platelets (new)" in rows[0])
     scores = raw("new-classes-bccd")

@@ -122,6 +122,16 @@ def test_trials_are_those_of_their_raw_files() -> None:
             assert row[head] == (shown if len(seeds) > 1 else shown.partition(" (")[0])
 
 
+def test_curves_are_those_of_their_raw_file() -> None:
+    (table,) = (rows for rows in tables(EVIDENCE) if "epoch" in rows[0])
+    for row in table:
+        arm = ARMS[row.pop("epoch")]
+        for epoch, score in row.items():
+            where = "parking", arm, epoch
+            runs = [run for run in rows_of("slim-long-curve") if (run["set"], run["arm"], run["epoch"]) == where]
+            assert score == f"{100 * fmean(float(run['mAP50-95']) for run in runs):.1f}"
+
+
 def test_new_classes_are_those_of_their_raw_file() -> None:
     (table,) = (rows for rows in tables(EVIDENCE) if "platelets (new)" in rows[0])
     scores = raw("new-classes-bccd")

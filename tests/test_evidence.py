@@ -111,11 +111,11 @@ def test_the_choice_of_the_defaults_is_that_of_its_raw_file() -> None:
 
 def test_trials_are_those_of_their_raw_files() -> None:
     (table,) = (rows for rows in tables(EVIDENCE) if "trial" in rows[0])
+    files = {"parking": raw("long-parking"), "BCCD": raw("long-bccd")}
     for row in table:
         named = re.search(r"\(`(\w+)`\)$", row["trial"])
         assert named
-        for head, name in (("parking", "long-parking"), ("BCCD", "long-bccd")):
-            scores = raw(name)
+        for head, scores in files.items():
             seeds = sorted(scores[named[1]].keys() & scores["cwd"].keys())
             shown = gain(scores, named[1], "cwd", seeds)
             assert row["seeds"] == str(len(seeds))
@@ -124,12 +124,12 @@ def test_trials_are_those_of_their_raw_files() -> None:
 
 def test_curves_are_those_of_their_raw_file() -> None:
     (table,) = (rows for rows in tables(EVIDENCE) if "epoch" in rows[0])
+    curves = [run for run in rows_of("slim-long-curve") if run["set"] == "parking"]
     for row in table:
         arm = ARMS[row.pop("epoch")]
         for epoch, score in row.items():
-            where = "parking", arm, epoch
-            runs = [run for run in rows_of("slim-long-curve") if (run["set"], run["arm"], run["epoch"]) == where]
-            assert score == f"{100 * fmean(float(run['mAP50-95']) for run in runs):.1f}"
+            scores = [float(run["mAP50-95"]) for run in curves if (run["arm"], run["epoch"]) == (arm, epoch)]
+            assert score == f"{100 * fmean(scores):.1f}"
 
 
 def test_new_classes_are_those_of_their_raw_file() -> None:

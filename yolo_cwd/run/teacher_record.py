@@ -30,10 +30,11 @@ from yolo_cwd.run.files import content_of, write_atomic
 
 FOLDER, FILE = "teacher", "cwd.yaml"
 OBJECT = "start.pt"  # a teacher that was given as an object
-REPLACEABLE = {  # what may change when a run resumes, as Ultralytics has it
-    *("device", "workers", "cache", "batch", "imgsz", "patience", "time", "data", "val", "plots", "save_period"),
-    *("close_mosaic", "trust_teacher"),
+ON_RESUME = {  # what Ultralytics lets a resumed training change
+    *("device", "workers", "cache", "batch", "imgsz", "patience", "data", "val", "plots", "save_period"),
+    "close_mosaic",
 }
+REPLACEABLE = {*ON_RESUME, "time", "trust_teacher"}  # what may change when a run goes on with its teacher
 NAMING = {"model", "student", "resume", "task", "mode", "name", "project", "exist_ok", "save_dir", "pretrained"}
 NO_MATTER = {  # arguments that do not affect what a teacher becomes
     *("device", "workers", "project", "name", "exist_ok", "plots", "verbose", "cache", "save_period", "save_dir"),

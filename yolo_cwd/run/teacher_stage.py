@@ -39,7 +39,7 @@ from yolo_cwd.run.interrupted import is_finished, newest_usable, read_checkpoint
 from yolo_cwd.run.known import data_with_classes, lacking, require_labels, trainable_task
 from yolo_cwd.run.random_state import random_numbers_untouched
 from yolo_cwd.run.results import drop_rows_after
-from yolo_cwd.run.teacher_record import FOLDER, OBJECT, Record
+from yolo_cwd.run.teacher_record import FOLDER, OBJECT, ON_RESUME, Record
 from yolo_cwd.run.torchrun import with_processes
 from yolo_cwd.tasks import TASKS, Task
 
@@ -52,10 +52,6 @@ WITHOUT_EFFECT = "teacher_epochs={epochs} has no effect: {argument} knows the da
 STUDENTS_OWN = {  # arguments of the run that are not for its teacher
     *("model", "pretrained", "freeze", "distill_model", "quantize", "resume", "name", "exist_ok", "epochs", "task"),
     *("save", "save_dir", "cfg"),
-}
-ON_RESUME = {  # what Ultralytics lets a resumed training change
-    *("imgsz", "batch", "device", "close_mosaic", "save_period", "workers", "cache", "patience", "val", "plots"),
-    "data",
 }
 LEAST_TIME = 1 / 3600  # hours for the student, whatever its teacher has taken: 0 would be without limit
 BEGINNING = "on_pretrain_routine_start"

@@ -10,6 +10,7 @@ own modules: validate and export it like any checkpoint.
 """
 
 import sys
+from bisect import bisect_left
 from copy import deepcopy
 
 import torch
@@ -85,8 +86,9 @@ def main(source: str, target: str, share: str) -> None:
     yolo = YOLO(source)
     whole = yolo.model.float().eval().requires_grad_(True)
     image = torch.zeros(1, 3, 160, 160)
-    smaller = (cut(whole, percent / 100, image) for percent in range(1, 100))
-    yolo.model = next(model for model in smaller if flops(model, image) <= float(share) * flops(whole, image))
+    limit, percents = float(share) * flops(whole, image), range(1, 100)
+    fits = bisect_left(percents, True, key=lambda percent: flops(cut(whole, percent / 100, image), image) <= limit)
+    yolo.model = cut(whole, percents[fits] / 100, image)
     yolo.ckpt["ema"] = None
     yolo.save(target)
     left, parameters = flops(yolo.model, image) / flops(whole, image), sum(p.numel() for p in yolo.model.parameters())

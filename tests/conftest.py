@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import nn
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import LOGGER
+from ultralytics.utils.ops import make_divisible
 
 from yolo_cwd.tasks import TASKS
 from yolo_cwd.trainer import CWDTrainer
@@ -57,32 +59,43 @@ def narrow(name: str, width: float = 0.25) -> str:
     return written(f"width{width}", name, {k: v for k, v in model.items() if k != "yaml_file"})
 
 
-def bare(name: str, width: float = 0.25) -> str:
+def bare(name: str, width: float = 0.25, loud: bool = False) -> str:
     """Path of a model of Ultralytics with its own head on five strided convolutions, which stand for its pyramid.
 
-    It has the channels of the narrow one and trains in half the time, for wherever backbone and neck do not matter.
+    It has the channels of the narrow one and trains in half the time, for wherever backbone and neck do not matter. The
+    maps of random weights all but vanish, and a teacher of such maps teaches next to nothing: loud ones are normalized.
     """
     model = yaml.safe_load(Path(narrow(name, width)).read_text(encoding="utf-8"))
     sources, *head = model["head"][-1]
+    channels = (64, 128, 256, 512, 1024)
+    model["backbone"] = [[-1, 1, "Conv", [c, 3, 2]] for c in channels]
     levels = list(range(2, 2 + len(sources)))  # P3 is the third of them
-    model["backbone"] = [[-1, 1, "Conv", [channels, 3, 2]] for channels in (64, 128, 256, 512, 1024)]
+    if loud:
+        ((_, share, most),) = model["scales"].values()
+        made = [make_divisible(min(c, most) * share, 8) for c in channels]
+        pairs = zip(model["backbone"], ([-1, 1, "nn.InstanceNorm2d", [c]] for c in made), strict=True)
+        model["backbone"], levels = list(chain.from_iterable(pairs)), [2 * i + 1 for i in levels]
     model["head"] = [[levels, *head]]
-    return written(f"bare{width}", name, model)
+    return written(f"bare{width}{'loud' if loud else ''}", name, model)
 
 
 def settled(model: Any, data: str) -> Any:
     """Give a model of random weights the normalization statistics of the data, as a trained one has them."""
     images = [cv2.imread(str(file)) for file in sorted(Path(data).parent.glob("images/train/*.jpg"))]
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+    return settled_on(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255, model)
+
+
+def settled_on(images: torch.Tensor, model: Any) -> Any:
+    """Give it those of images [N, 3, H, W]; its maps would all but vanish without, and any two be close."""
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1.0
     with torch.no_grad():
-        model.train()(batch)
+        model.train()(images)
     return model
 
 
-STUDENT, TEACHER = bare("yolov8n.yaml"), bare("yolov8s.yaml")  # 16, 32, 64 and 32, 64, 128 channels
+STUDENT, TEACHER = bare("yolov8n.yaml"), bare("yolov8s.yaml", loud=True)  # 16, 32, 64 and 32, 64, 128 channels
 SHORT = {
     "model": STUDENT,
     "imgsz": 64,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STUDENT, Payload, narrow
+from conftest import STUDENT, Payload, narrow, settled_on
 from torch import nn
 from torch.nn.utils import prune
 from ultralytics import YOLO
@@ -36,14 +36,20 @@ def head_inputs(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     return seen
 
 
+def assert_same_maps(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    """Batch normalization is folded in, so the last digits may differ."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert b.std() > 0.1
+        assert (a - b).norm() < 1e-3 * b.norm()
+
+
 @pytest.mark.parametrize("name", ["yolov8n.yaml", "yolov10n.yaml", "yolo26n.yaml"])
 def test_teacher_returns_what_its_head_would_receive(name: str) -> None:
     torch.manual_seed(0)
-    model = DetectionModel(name, verbose=False).eval()
-    teacher = load_teacher(model)
-    for ours, reference in zip(teacher(IMAGES), head_inputs(model, IMAGES), strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)  # batch normalization folded in
-        assert not ours.requires_grad
+    model = settled_on(torch.rand(16, 3, 64, 64), DetectionModel(name, verbose=False)).eval()
+    maps = load_teacher(model)(IMAGES)
+    assert_same_maps(maps, head_inputs(model, IMAGES))
+    assert not any(m.requires_grad for m in maps)
 
 
 def test_teacher_leaves_the_given_model_alone_and_stays_frozen() -> None:
@@ -68,18 +74,21 @@ def test_teacher_with_p6_takes_images_of_a_student_without() -> None:
 
 
 def test_images_that_do_not_fit_the_coarsest_stride_are_padded_in_gray() -> None:
-    model = DetectionModel(narrow("yolov8n-p6.yaml"), verbose=False).eval()
-    images = torch.rand(2, 3, 96, 160, generator=torch.Generator().manual_seed(1))
-    padded = torch.full((2, 3, 128, 192), 114 / 255)  # multiples of 64
-    padded[..., :96, :160] = images
-    expected = [m[..., : 96 // s, : 160 // s] for m, s in zip(head_inputs(model, padded), (8, 16, 32, 64), strict=True)]
-    torch.testing.assert_close(load_teacher(model)(images), expected, rtol=1e-4, atol=1e-5)
+    images = torch.rand(2, 3, 64, 160, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    model = settled_on(torch.rand(16, 3, 64, 64), DetectionModel(narrow("yolov8n-p6.yaml"), verbose=False)).eval()
+    padded = torch.full((2, 3, 64, 192), 114 / 255)  # multiples of 64
+    padded[..., :160] = images
+    expected = [m[..., : 64 // s, : 160 // s] for m, s in zip(head_inputs(model, padded), (8, 16, 32, 64), strict=True)]
+    assert_same_maps(load_teacher(model)(images), expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("pixels", [1, 2 * 64 * 64, 10**9], ids=["one image", "two images", "as many as there are"])
 def test_images_that_go_through_in_parts(count: int, pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher, images = load_teacher("yolov8n.yaml"), torch.rand(5, 3, 64, 64)
+    torch.manual_seed(0)
+    images = torch.rand(5, 3, 64, 64)
+    teacher = load_teacher(settled_on(images, DetectionModel("yolov8n.yaml", verbose=False)))
     expected = teacher.body(images)
     monkeypatch.setattr(teacher_module, "PART_PIXELS", pixels)
     for module in (parallel, teacher_module):
@@ -87,7 +96,7 @@ def test_images_that_go_through_in_parts(count: int, pixels: int, monkeypatch: p
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     with torch.autocast("cpu", torch.bfloat16):
         maps = teacher(images)
-    torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-6)
+    assert_same_maps(maps, expected)
     assert not any(m.requires_grad for m in maps)
 
 
@@ -180,7 +189,7 @@ def test_load_teacher_from_file_and_objects(checkpoints: Path) -> None:
     model = YOLO(path)
     expected = load_teacher(str(path))(IMAGES)
     for source in (path, model, model.model):
-        torch.testing.assert_close(load_teacher(source)(IMAGES), expected)
+        torch.testing.assert_close(load_teacher(source)(IMAGES), expected, rtol=0, atol=0)
 
 
 def test_an_untrained_teacher_is_the_same_every_time() -> None:

@@ -150,7 +150,7 @@ def test_resume_by_the_model_object(train: Train, tmp_path: Path) -> None:
 def test_the_seam_does_not_show_but_would_without_the_adapters(train: Train, tmp_path: Path) -> None:
     """The divergence in the first epoch after the seam, against that of the last epoch before it."""
     still = {"mosaic": 0.0, "fliplr": 0.0, "scale": 0.0, "translate": 0.0, "hsv_v": 0.0}
-    last = interrupted(train, tmp_path, 10, epochs=12, lr0=2e-3, **still)
+    last = interrupted(train, tmp_path, 10, epochs=12, lr0=1e-2, **still)
     copy = tmp_path / "copy" / "weights" / "last.pt"
     copy.parent.mkdir(parents=True)
     state = load_state(last)

@@ -8,10 +8,13 @@ import pytest
 import torch
 from conftest import SHORT, TAUGHT
 from test_state import interrupted, resume
+from torch import nn
+from torch.nn.functional import avg_pool2d
 from ultralytics.models.yolo.detect import DetectionTrainer
 
 from yolo_cwd import CWDTrainer
-from yolo_cwd.method.prepare import measure
+from yolo_cwd.method.prepare import FITTED, MEASURED, measure
+from yolo_cwd.method.teacher import Teacher, TeacherMaps
 from yolo_cwd.run.state import load_state
 
 State = dict[str, torch.Tensor]
@@ -64,6 +67,37 @@ def test_preparation_leaves_the_student_and_its_images_alone(
     assert len(plain[2]) == len(ours[2]) == 4
     for there, here in zip(plain[2], ours[2], strict=True):
         assert all(torch.equal(there[name], here[name]) for name in there)
+
+
+class Shrunk(nn.Module):
+    """A teacher whose maps tell which images they are of."""
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [avg_pool2d(images, stride) for stride in (8, 16, 32)]
+
+
+def test_the_teacher_is_shown_the_images_of_the_student(
+    train: Callable[..., CWDTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the fit, in the measurement and in every step, each image at its place in the batch."""
+    shown: list[torch.Tensor] = []
+    taught: list[TeacherMaps] = []
+    maps = Teacher.maps
+
+    def note(teacher: Teacher, images: torch.Tensor) -> TeacherMaps:
+        taught.append(maps(teacher, images))
+        return taught[-1]
+
+    def watch(trainer: CWDTrainer) -> None:
+        trainer.model.model[0].register_forward_pre_hook(lambda _, given: shown.append(given[0].clone()))
+
+    monkeypatch.setattr(Teacher, "maps", note)
+    options = {"adapter": "fitted", "cwd": "balanced", "epochs": 2}
+    train(teacher=Shrunk(), callbacks={"on_pretrain_routine_end": watch}, **options)
+    assert len(shown) == len(taught) == FITTED + MEASURED + 4
+    for images, found in zip(shown, taught, strict=True):
+        for level, stride in zip(found.pyramid, (8, 16, 32), strict=True):
+            torch.testing.assert_close(level, avg_pool2d(images, stride))
 
 
 def test_a_term_that_a_resumed_run_knows_nothing_of_is_measured_at_its_first_batch(

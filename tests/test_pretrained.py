@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import STUDENT, settled
+from conftest import STUDENT, settled, settled_on
 from test_state import interrupted, resume
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -272,7 +272,7 @@ def test_a_term_that_gets_no_gradient_is_told(
 @pytest.mark.parametrize("family", ["yolov8n.yaml", "yolo11n.yaml", "yolov10n.yaml", "yolo26n.yaml"])
 def test_class_maps_are_the_teachers_logits_of_the_classes_that_both_know(family: str) -> None:
     torch.manual_seed(3)
-    model = DetectionModel(family, nc=6, verbose=False)
+    model = settled_on(torch.rand(16, 3, 64, 64), DetectionModel(family, nc=6, verbose=False))
     model.names = {0: "7", 1: "tube", 2: "0", 3: "3", 4: "9", 5: "1"}
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
@@ -287,7 +287,8 @@ def test_class_maps_are_the_teachers_logits_of_the_classes_that_both_know(family
     maps = term.of_teacher(taught.maps(images))
     assert len(maps) == 3
     found = torch.cat([m.flatten(2) for m in maps], -1)
-    assert torch.allclose(found, expected[:, [2, 5, 3, 0, 4]], atol=1e-4)
+    expected = expected[:, [2, 5, 3, 0, 4]]
+    assert (found - expected).abs().max() < 0.01 < (found - expected.roll(1, dims=1)).abs().mean()
 
 
 def test_a_teacher_of_other_classes_shows_none(train: Train, student: str) -> None:

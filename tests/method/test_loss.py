@@ -13,10 +13,10 @@ from yolo_cwd.method.teacher import TeacherMaps
 from yolo_cwd.method.terms import LevelTerm
 
 
-def level_terms(*shares: float) -> nn.ModuleList:
+def level_terms(*shares: float, balanced: bool = False) -> nn.ModuleList:
     """Terms of P3 with 3 channels and P4 with 4, whose adapters change nothing."""
     levels = [Level("P3", 8, 0, 0, 3, 3), Level("P4", 16, 1, 1, 4, 4)]
-    terms = [LevelTerm(level, share, False, 2.0, False) for level, share in zip(levels, shares, strict=True)]
+    terms = [LevelTerm(level, share, balanced, 2.0, False) for level, share in zip(levels, shares, strict=True)]
     for term in terms:
         nn.init.dirac_(term.adapter.weight)
     return nn.ModuleList(terms)
@@ -75,6 +75,12 @@ def test_means_of_the_levels_begin_anew_with_the_epoch(criterion: CWDLoss) -> No
     assert set(criterion.columns["loss"].values()) == {0.0}
     criterion({"feats": FEATURES}, batch(teacher=TeacherMaps(PYRAMID, {})))
     assert criterion.columns["loss"] == pytest.approx({name: 3 * value for name, value in once.items()})
+
+
+def test_a_balanced_weight_is_bounded_where_the_maps_agree() -> None:
+    criterion = CWDLoss(Detection(), level_terms(1.0, 0.5, balanced=True), weight=2.0)
+    criterion.meter.means = torch.tensor([[9.0, 1e-30], [9.0, 4.0]])
+    assert criterion.weights.tolist() == pytest.approx([2e4, 1.5])
 
 
 def test_criterion_without_a_teachers_maps_leaves_the_detection_loss_alone(criterion: CWDLoss) -> None:

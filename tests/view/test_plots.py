@@ -13,6 +13,7 @@ import torch
 from conftest import TEACHER
 from test_state import interrupted, resume
 from test_trainer import TERMS, rows
+from ultralytics.utils.callbacks.base import default_callbacks
 
 from yolo_cwd import CWDTrainer
 from yolo_cwd.config import Settings
@@ -110,6 +111,8 @@ def test_a_run_draws_its_pictures_and_trains_the_same(
     train: Train, monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
 ) -> None:
     drawn: dict[str, Any] = {}
+    at_end: list[list[str]] = []
+    monkeypatch.setitem(default_callbacks, "on_train_end", [lambda trainer: at_end.append(pictures_of(trainer))])
     for name in ("draw_levels", "draw_channels"):
         draw = getattr(plots, name)
         monkeypatch.setattr(plots, name, lambda *a, name=name, draw=draw: (drawn.update({name: a}), draw(*a)))
@@ -118,6 +121,7 @@ def test_a_run_draws_its_pictures_and_trains_the_same(
     assert said() == [], "verbose=False"
     assert pictures_of(bare) == []
     assert pictures_of(full) == ["cwd_channels.png", "cwd_levels.png", "cwd_maps_epoch1.jpg", "cwd_maps_epoch2.jpg"]
+    assert at_end == [[], pictures_of(full)], "loggers collect them then"
     for name in pictures_of(full):
         assert full.save_dir / name in full.plots, "loggers read them there"
         assert cv2.imread(str(full.save_dir / name)).std() > 10

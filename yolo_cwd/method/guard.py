@@ -37,7 +37,7 @@ class DistillationGuard:
             ConfigError: If no divergence was computed, reached the student, or was finite and above 0 with a weight.
         """
         criterion, teacher = self._criterion, self._teacher
-        self._batches += bool(criterion.weight)
+        self._batches += 1
         if not criterion.weight or self._judged or self._batches < GUARDED_BATCHES:
             return
         if not trainer.loss.isfinite():  # Ultralytics recovers from that; the next finite one tells

@@ -82,10 +82,10 @@ def bare(name: str, width: float = 0.25, loud: bool = False) -> str:
 def settled(model: Any, data: str) -> Any:
     """Give a model of random weights the normalization statistics of the data, as a trained one has them."""
     images = [cv2.imread(str(file)) for file in sorted(Path(data).parent.glob("images/train/*.jpg"))]
-    return settled_on(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255, model)
+    return settled_on(model, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255)
 
 
-def settled_on(images: torch.Tensor, model: Any) -> Any:
+def settled_on(model: Any, images: torch.Tensor) -> Any:
     """Give it those of images [N, 3, H, W]; its maps would all but vanish without, and any two be close."""
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):

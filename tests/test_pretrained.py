@@ -272,7 +272,7 @@ def test_a_term_that_gets_no_gradient_is_told(
 @pytest.mark.parametrize("family", ["yolov8n.yaml", "yolo11n.yaml", "yolov10n.yaml", "yolo26n.yaml"])
 def test_class_maps_are_the_teachers_logits_of_the_classes_that_both_know(family: str) -> None:
     torch.manual_seed(3)
-    model = settled_on(torch.rand(16, 3, 64, 64), DetectionModel(family, nc=6, verbose=False))
+    model = settled_on(DetectionModel(family, nc=6, verbose=False), torch.rand(16, 3, 64, 64))
     model.names = {0: "7", 1: "tube", 2: "0", 3: "3", 4: "9", 5: "1"}
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():

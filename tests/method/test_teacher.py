@@ -46,7 +46,7 @@ def assert_same_maps(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> No
 @pytest.mark.parametrize("name", ["yolov8n.yaml", "yolov10n.yaml", "yolo26n.yaml"])
 def test_teacher_returns_what_its_head_would_receive(name: str) -> None:
     torch.manual_seed(0)
-    model = settled_on(torch.rand(16, 3, 64, 64), DetectionModel(name, verbose=False)).eval()
+    model = settled_on(DetectionModel(name, verbose=False), torch.rand(16, 3, 64, 64)).eval()
     maps = load_teacher(model)(IMAGES)
     assert_same_maps(maps, head_inputs(model, IMAGES))
     assert not any(m.requires_grad for m in maps)
@@ -76,7 +76,7 @@ def test_teacher_with_p6_takes_images_of_a_student_without() -> None:
 def test_images_that_do_not_fit_the_coarsest_stride_are_padded_in_gray() -> None:
     images = torch.rand(2, 3, 64, 160, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(0)
-    model = settled_on(torch.rand(16, 3, 64, 64), DetectionModel(narrow("yolov8n-p6.yaml"), verbose=False)).eval()
+    model = settled_on(DetectionModel(narrow("yolov8n-p6.yaml"), verbose=False), torch.rand(16, 3, 64, 64)).eval()
     padded = torch.full((2, 3, 64, 192), 114 / 255)  # multiples of 64
     padded[..., :160] = images
     expected = [m[..., : 64 // s, : 160 // s] for m, s in zip(head_inputs(model, padded), (8, 16, 32, 64), strict=True)]
@@ -88,7 +88,7 @@ def test_images_that_do_not_fit_the_coarsest_stride_are_padded_in_gray() -> None
 def test_images_that_go_through_in_parts(count: int, pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     images = torch.rand(5, 3, 64, 64)
-    teacher = load_teacher(settled_on(images, DetectionModel("yolov8n.yaml", verbose=False)))
+    teacher = load_teacher(settled_on(DetectionModel("yolov8n.yaml", verbose=False), images))
     expected = teacher.body(images)
     monkeypatch.setattr(teacher_module, "PART_PIXELS", pixels)
     for module in (parallel, teacher_module):

@@ -122,16 +122,21 @@ def test_trials_are_those_of_their_raw_files() -> None:
             assert row[head] == (shown if len(seeds) > 1 else shown.partition(" (")[0])
 
 
-def test_curves_are_those_of_their_raw_file() -> None:
-    (table,) = (rows for rows in tables(EVIDENCE) if "epoch" in rows[0])
-    curves = rows_of("slim-long-curve")
+CURVES = [table for table in tables(EVIDENCE) if "epoch" in table[0]]
+
+
+@pytest.mark.parametrize(("name", "table"), list(zip(("slim-long-curve", "long360-curve"), CURVES, strict=True)))
+def test_curves_are_those_of_their_raw_file(name: str, table: list[Row]) -> None:
+    curves = rows_of(name)
     assert {run["set"] for run in curves} == {row["epoch"].partition(",")[0] for row in table}
     for row in table:
-        data, _, arm = row.pop("epoch").partition(", ")
-        for epoch, score in row.items():
+        (head, title), *points = row.items()
+        assert head == "epoch"
+        data, _, arm = title.partition(", ")
+        for epoch, score in points:
             at = {epoch, str(int(epoch) + 1)}  # a checkpoint that is kept is of one epoch more
             runs = [run for run in curves if (run["set"], run["arm"]) == (data, ARMS[arm]) and run["epoch"] in at]
-            assert {run["seed"] for run in runs} == {"1", "2", "3"}
+            assert len({run["seed"] for run in runs}) == len(runs) == 3
             assert score == f"{fmean(100 * float(run['mAP50-95']) for run in runs):.1f}"
 
 

@@ -78,6 +78,7 @@ def test_ray_tune(data: str, tmp_path: Path) -> None:
     assert len(set(shares)) == 2
 
 
+@pytest.mark.slow
 def test_prune(tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning", reason="torch-pruning is not installed: pip install torch-pruning")
     YOLO("yolov8n.yaml").save(tmp_path / "best.pt")

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="yolo_cwd-tests-")  # keep the user's settings out of it
@@ -139,22 +140,21 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Keep what has been imported out of the collections that Ultralytics asks for in every training."""
-    keep_out_of_collections()
+    gc.collect()
+    gc.freeze()
     if "MUTANT_UNDER_TEST" in os.environ:  # a test with an escape in its name is not found again: all mutants would die
         escaped = [item.nodeid for item in session.items if "\\" in item.nodeid]
         assert not escaped, f"give ids to the parameters of {escaped}"
 
 
-def keep_out_of_collections() -> None:
-    gc.collect()
-    gc.freeze()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def late_imports_are_not_searched() -> Iterator[None]:
-    """Keep what the tests of a file have imported out of them as well: it is a quarter of a short training's time."""
-    yield
-    keep_out_of_collections()
+@pytest.fixture(scope="session", autouse=True)
+def short_collections() -> Iterator[None]:
+    """Let each training's collections of garbage search what is young, since there is little else to collect."""
+    young = SimpleNamespace(collect=lambda: gc.collect(1))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("ultralytics.engine.trainer", "yolo_cwd.method.teacher"):
+            patch.setattr(f"{module}.gc", young)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -165,11 +165,17 @@ def ultralytics_logs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def coarse_pictures() -> Iterator[None]:
-    """Save figures with few pixels."""
+def blank_pictures() -> Iterator[None]:
+    """Draw no figures, which takes longer than a training, but where a test asks for `drawn_pictures`."""
     with pytest.MonkeyPatch.context() as patch:
-        pictures.coarse(patch)
+        pictures.blank(patch)
         yield
+
+
+@pytest.fixture
+def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw figures after all, with few pixels."""
+    pictures.coarse(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,26 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 from ultralytics.models.yolo.detect import DetectionTrainer
+
+SAVE = Figure.savefig
+
+
+def blank(patch: pytest.MonkeyPatch) -> None:
+    """Save an image of one color for each figure, which is not drawn."""
+
+    def save_nothing(figure: Figure, file: Any, *, format: str | None = None, **_: Any) -> None:
+        Image.new("RGB", (8, 8)).save(file, format)
+
+    patch.setattr(Figure, "savefig", save_nothing)
 
 
 def coarse(patch: pytest.MonkeyPatch) -> None:
     """Save figures with few pixels; everything is drawn as it is otherwise."""
-    save = Figure.savefig
 
     def save_coarsely(figure: Figure, *args: Any, **kwargs: Any) -> None:
-        save(figure, *args, **{**kwargs, "dpi": 40})
+        SAVE(figure, *args, **{**kwargs, "dpi": 40})
 
     patch.setattr(Figure, "savefig", save_coarsely)
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torchvision", "cv2"])  # not Ultralytics, which reads RANK when imported
+PRELOADED = ["torch", "torchvision", "cv2", "polars", "scipy.stats", "matplotlib.pyplot"]
+CONTEXT.set_forkserver_preload(PRELOADED)  # not Ultralytics, which reads RANK when imported
 OUTPUTS = ("stdout", "stderr")
 TIMEOUT = 240.0
 
@@ -142,7 +143,7 @@ def write_alone(folder: str) -> None:
 
     torchrun.join("cpu")
     with writing_alone(Path(folder), "unlabeled=x"):
-        time.sleep(2)
+        time.sleep(1.3)
         with Path(folder).with_name("said").open("a") as file:
             file.write(f"{os.environ['RANK']} ")
 

@@ -2,10 +2,12 @@
 
 import importlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +48,12 @@ def test_slurm() -> None:
     assert {"nodes=2", "ntasks-per-node=1", "gpus-per-node=8", "requeue"} <= set(re.findall(r"#SBATCH --(\S+)", text))
 
 
+def run_example(name: str, monkeypatch: pytest.MonkeyPatch, *words: Any) -> None:
+    """Run a script as `python` does, but in this process."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
 def count_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -79,13 +87,11 @@ def test_ray_tune(data: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_prune(tmp_path: Path) -> None:
+def test_prune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch_pruning", reason="torch-pruning is not installed: pip install torch-pruning")
     YOLO("yolov8n.yaml").save(tmp_path / "best.pt")
-    command = [sys.executable, EXAMPLES / "prune.py", tmp_path / "best.pt", tmp_path / "pruned.pt", "0.5"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
-    assert 35 <= int(re.search(r"pruned\.pt: (\d+)% of the FLOPs", result.stdout)[1]) <= 50
+    run_example("prune.py", monkeypatch, tmp_path / "best.pt", tmp_path / "pruned.pt", 0.5)
+    assert 35 <= int(re.search(r"pruned\.pt: (\d+)% of the FLOPs", capsys.readouterr().out)[1]) <= 50
     whole, pruned = (YOLO(tmp_path / name).model.float() for name in ("best.pt", "pruned.pt"))
     assert {type(m) for m in pruned.modules()} == {type(m) for m in whole.modules()}
     assert count_parameters(pruned) < 0.6 * count_parameters(whole)
@@ -106,7 +112,7 @@ def test_what_the_pruning_splits_computes_the_same(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("family", ["yolov8", "yolo11"])
-def test_growing_keeps_the_function(tmp_path: Path, family: str) -> None:
+def test_growing_keeps_the_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     torch.manual_seed(0)
     small = YOLO(f"{family}n.yaml")
     for name, value in small.model.state_dict().items():
@@ -114,9 +120,7 @@ def test_growing_keeps_the_function(tmp_path: Path, family: str) -> None:
             value.add_(torch.rand_like(value), alpha=0.2)
     small.model.names = {i: f"class {i}" for i in range(80)}
     small.save(tmp_path / "n.pt")
-    command = [sys.executable, EXAMPLES / "grow.py", tmp_path / "n.pt", f"{family}s.yaml", tmp_path / "grown.pt", "0"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
+    run_example("grow.py", monkeypatch, tmp_path / "n.pt", f"{family}s.yaml", tmp_path / "grown.pt", 0)
     before, after = (YOLO(tmp_path / name) for name in ("n.pt", "grown.pt"))
     assert after.names == small.model.names
     assert count_parameters(after.model) > 3 * count_parameters(before.model)

@@ -118,6 +118,7 @@ def test_adapters_follow_warmup_and_schedule(train: Train, optimizer: str) -> No
     assert all(ours == theirs for ours, theirs in rates)
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_terms_are_columns_of_training_only(train: Train) -> None:
     trainer = train(epochs=2, val=True, plots=True)
     names = list(rows(trainer)[0])

@@ -71,6 +71,7 @@ def test_refused_comparisons(words: dict[str, Any], change: dict[str, Any], mess
     assert not Path(words["folder"]).exists()
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_a_comparison_from_start_to_summary(words: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     summary = compare.run({**words, "arms": "plain,cwd:tau=2,builtin"})
     folder = Path(words["folder"])
@@ -342,6 +343,7 @@ def test_table_and_files(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.glob(".*")) == []
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_epochs_without_validation_are_not_drawn_as_zero(words: dict[str, Any]) -> None:
     compare.run({**words, "arms": "plain", "seeds": 1, "val": False})
     folder = Path(words["folder"])

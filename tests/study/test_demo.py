@@ -75,6 +75,7 @@ def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "cpu_count", lambda: 1)
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_cut_short(
     few: None,
     tmp_path: Path,

@@ -19,7 +19,7 @@ RESULTS = [
 
 
 @pytest.fixture
-def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def drawn(drawn_pictures: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The axes of each picture, when it is saved."""
     figures: list[Figure] = []
     save = Figure.savefig

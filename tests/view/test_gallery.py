@@ -97,6 +97,7 @@ def test_as_many_boxes_of_a_class_as_are_labeled(
     assert np.abs(corners - first.boxes.corners[0]).max(axis=1).min() < 1e-6
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_a_row_an_image(images: list[Path], weights: dict[str, Path], tmp_path: Path) -> None:
     sizes = []
     for rows in (1, 3):

@@ -39,8 +39,8 @@ def pictures_of(trainer: CWDTrainer) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def only_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the pictures of Ultralytics; test_trainer.py has all of them."""
+def only_ours(drawn_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw our pictures and leave out those of Ultralytics; test_trainer.py has all of them."""
     pictures.only_ours(monkeypatch)
 
 

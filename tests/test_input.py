@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import STUDENT, TEACHER
+from conftest import STUDENT, bare
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +13,7 @@ from yolo_cwd.cli import main
 from yolo_cwd.config import ADAPTERS, OPTIONS, SCHEDULES, TEACHER_DTYPES
 from yolo_cwd.trainer import CWDTrainer
 
+TEACHER = bare("yolov8s.yaml")  # the usual one cannot normalize a map of one position, as images of 32 pixels have
 NUMBERS = st.sampled_from(
     ["0", "1", "0.5", "-1", "10", "1e3", "nan", "inf", "-inf", "1e400", "0x10", "1,2", "[]", "[1,2,3]"]
 )

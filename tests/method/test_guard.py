@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHORT, TAUGHT
+from conftest import SHORT, TAUGHT, bare
 from test_trainer import rows
 
 from yolo_cwd import ConfigError, CWDTrainer
@@ -55,6 +55,11 @@ def test_layers_that_are_thawed_later_are_taught_from_then_on(train: Train, said
 def test_a_temperature_that_levels_everything(train: Train, tau: float) -> None:
     with pytest.raises(ConfigError, match=r"tau=1e\+09: teacher=.* teaches nothing, every divergence is 0; use tau=1"):
         train(epochs=3, tau=tau)
+
+
+def test_images_with_one_position_in_the_only_level(train: Train) -> None:
+    with pytest.raises(ConfigError, match=r"imgsz=32: teacher=.* teaches nothing, every divergence is 0; use a larger"):
+        train(epochs=3, imgsz=32, levels="P5", class_share=0.0, teacher=bare("yolov8s.yaml"))
 
 
 def test_a_training_that_is_taught_goes_on(train: Train) -> None:

@@ -47,3 +47,11 @@ def test_sums_over_many_positions_do_not_overflow_in_mixed_precision(half: torch
         found.append(regression.solve())
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
+
+
+def test_maps_that_do_not_vary_are_not_explained() -> None:
+    regression = Regression()
+    regression.add(maps(2, 3, 1, 1, seed=1), maps(2, 4, 1, 1, seed=2))
+    weights, explained = regression.solve()
+    assert not weights.any()
+    assert explained == 0

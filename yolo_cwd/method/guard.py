@@ -61,8 +61,9 @@ class DistillationGuard:
         if skipped == criterion.batches_distilled * len(criterion.terms):
             raise ConfigError(f"{teacher}: teaches nothing, since no divergence so far is finite; give amp=False")
         if not skipped and not any(criterion.columns["nats"].values()):
-            tau = f"tau={trainer.settings.tau:g}"
-            raise ConfigError(f"{tau}: {teacher} teaches nothing, every divergence is 0; use tau=1")
+            tau, size = trainer.settings.tau, trainer.args.imgsz
+            given, remedy = (f"tau={tau:g}", "tau=1") if tau > 1 else (f"imgsz={size}", "a larger one, or finer levels")
+            raise ConfigError(f"{given}: {teacher} teaches nothing, every divergence is 0; use {remedy}")
 
     def report_skipped_terms(self, trainer: Any) -> None:
         """Warn of terms that were not finite in this epoch."""

@@ -33,13 +33,16 @@ class Regression:
         self._sums = [a + b for a, b in zip(self._sums, new, strict=True)] if self._sums else new
 
     def solve(self) -> tuple[Tensor, float]:
-        """Return the weights [D, C] for the data of all processes, and the share of the variance that they explain."""
+        """Return the weights [D, C] for the data of all processes, and the share of the variance that they explain.
+
+        It is 0 if there is none, as in maps of one position.
+        """
         sums = map(distributed.all_reduce_sum, self._sums)
         gram, cross, total = (value.cpu().double() for value in sums)  # small, and not every device has float64
         ridge = RIDGE * gram.diagonal().mean() + torch.finfo(torch.float32).tiny
         weights = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), cross)
         left = total - 2 * (weights * cross).sum() + (weights * (gram @ weights)).sum()
-        return weights.T.float(), float(1 - left / total)
+        return weights.T.float(), float(1 - left / total) if total else 0.0
 
 
 def _centered(maps: Tensor) -> Tensor:

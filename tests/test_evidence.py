@@ -79,6 +79,21 @@ def test_rows_are_those_of_their_raw_file(row: Row) -> None:
         assert row["of the lead"] == f"{(means['cwd'] - means['plain']) / lead:.0%}"
 
 
+BESIDE = [row for table in tables(EVIDENCE) for row in table if row.get("built-in over plain")]
+
+
+@pytest.mark.parametrize("row", BESIDE, ids=lambda row: row[""].split(" ([raw]")[0])
+def test_the_built_in_distillation_is_that_of_the_raw_files(row: Row) -> None:
+    named = re.search(r"evidence/([\w-]+)\.csv\)(?:, `(\w+)`)?\)$", row[""])
+    assert named
+    name, arm = named.groups("builtin")
+    scores = raw(name, row[""].split()[0].lower().rstrip(",") if name == "first-command" else "")
+    seeds = sorted(scores["plain"].keys() & scores["cwd"].keys() & scores[arm].keys())
+    assert row["seeds"] == str(len(seeds))
+    assert row["built-in over plain"] == gain(scores, arm, "plain", seeds)
+    assert row["yolo_cwd over built-in"] == gain(scores, "cwd", arm, seeds)
+
+
 def arm_of(row: Row) -> str:
     named = re.search(r"\(`([\w-]+)`", row.get("") or row["arm"])
     return named[1] if named else "plain"

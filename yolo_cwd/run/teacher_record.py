@@ -70,13 +70,23 @@ class Record(NamedTuple):
     @property
     def last(self) -> Path:
         """The checkpoint of the last epoch."""
-        return self.folder / "weights" / "last.pt"
+        return last_of(self.folder)
 
     @property
     def weights(self) -> Path:
         """The checkpoint of the best epoch, or of the last one if there is none."""
-        best = self.last.with_name("best.pt")
-        return best if best.is_file() else self.last
+        return weights_of(self.folder)
+
+
+def last_of(folder: Path) -> Path:
+    """Return the checkpoint of the last epoch of the teacher in a folder."""
+    return folder / "weights" / "last.pt"
+
+
+def weights_of(folder: Path) -> Path:
+    """Return the checkpoint of its best epoch, or of the last one if there is none."""
+    best = folder / "weights" / "best.pt"
+    return best if best.is_file() else last_of(folder)
 
 
 def read(folder: Path) -> Record | None:

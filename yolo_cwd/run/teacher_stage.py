@@ -28,18 +28,12 @@ from ultralytics.utils.torch_utils import init_seeds, unwrap_model
 from yolo_cwd.config import ConfigError, Settings, listed
 from yolo_cwd.run import teacher_record
 from yolo_cwd.run.distributed import barrier, broadcast_object, failed_children
-from yolo_cwd.run.files import (
-    atomic_checkpoints,
-    atomic_path,
-    atomic_strip,
-    remove_leftovers,
-    write_atomic,
-)
+from yolo_cwd.run.files import atomic_checkpoints, atomic_path, atomic_strip, remove_leftovers, write_atomic
 from yolo_cwd.run.interrupted import is_finished, newest_usable, read_checkpoint, require_fit
 from yolo_cwd.run.known import data_with_classes, lacking, require_labels, trainable_task
 from yolo_cwd.run.random_state import random_numbers_untouched
 from yolo_cwd.run.results import drop_rows_after
-from yolo_cwd.run.teacher_record import FOLDER, OBJECT, ON_RESUME, Record
+from yolo_cwd.run.teacher_record import FOLDER, OBJECT, ON_RESUME, Record, last_of, weights_of
 from yolo_cwd.run.torchrun import with_processes
 from yolo_cwd.tasks import TASKS, Task
 
@@ -182,7 +176,7 @@ class TeacherStage:
                 self._train(args, last)
                 if RANK in {-1, 0}:
                     self._finish()
-        weights: Path = broadcast_object(Record(self.folder, "", True, "", {}, {}).weights)
+        weights: Path = broadcast_object(weights_of(self.folder))
         _deliver(weights)
         self.done = True
         return weights
@@ -262,7 +256,7 @@ class TeacherStage:
         """Return the checkpoint from which an interrupted run resumes; None if the teacher has no complete epoch."""
         if self.folder is None:
             return None
-        checkpoint = Record(self.folder, "", False, "", {}, {}).last
+        checkpoint = last_of(self.folder)
         return checkpoint if checkpoint.is_file() else None
 
     def hand_over(self, trainer: Any) -> None:

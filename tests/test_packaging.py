@@ -85,10 +85,10 @@ def test_no_dependency_is_pinned_from_above() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "kills"), [("detect", 2), ("semantic", 1)])
-def test_crash_drill(tmp_path: Path, task: str, kills: int) -> None:
-    command = [sys.executable, ROOT / "scripts" / "crash_drill.py", f"kills={kills}", f"task={task}"]
+def test_crash_drill(tmp_path: Path) -> None:
+    """Of a task with maps; detectors are killed by the tests of `run`."""
+    command = [sys.executable, ROOT / "scripts" / "crash_drill.py", "kills=2", "task=semantic"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    end = f"{kills} kills; the last resume ended with exit code 0; results.csv has every epoch once; 0 faults"
+    end = "2 kills; the last resume ended with exit code 0; results.csv has every epoch once; 0 faults"
     assert end in result.stdout

@@ -437,8 +437,8 @@ def test_a_trained_teacher_comes_to_machines_that_do_not_see_its_folder(tmp_path
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 @pytest.mark.parametrize("stage", ["teacher/weights/last.pt", "weights/last.pt"])
 def test_a_kill_in_either_stage_loses_nothing(stage: str, models: dict[str, str], data: str, tmp_path: Path) -> None:
-    words = {**SHORT, **TAUGHT, "teacher": models["teacher"], "model": models["model"], "teacher_epochs": 40}
-    words |= {"data": data, "project": str(tmp_path), "name": "run", "epochs": 40}
+    words = {**SHORT, **TAUGHT, "teacher": models["teacher"], "model": models["model"], "teacher_epochs": 20}
+    words |= {"data": data, "project": str(tmp_path), "name": "run", "epochs": 20}
     started = Started("processes:main", "train", *(f"{k}={v}" for k, v in words.items()), cwd=tmp_path)
     checkpoint = tmp_path / "run" / stage
     while not checkpoint.exists() and started.process.is_alive():
@@ -448,7 +448,7 @@ def test_a_kill_in_either_stage_loses_nothing(stage: str, models: dict[str, str]
     assert main(["train", "resume", f"model={checkpoint}"]) == 0
     for table in ("results.csv", "teacher/results.csv"):
         rows = (tmp_path / "run" / table).read_text().splitlines()[1:]
-        assert [int(row.split(",")[0]) for row in rows] == list(range(1, 41))
+        assert [int(row.split(",")[0]) for row in rows] == list(range(1, 21))
 
 
 def test_check_counts_both_stages(models: dict[str, str], data: str, tmp_path: Path) -> None:

@@ -123,11 +123,12 @@ def test_as_it_is(tmp_path: Path) -> None:
     begin = time.perf_counter()
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     environment |= {"YOLO_CONFIG_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    environment["LOKY_MAX_CPU_COUNT"] = "1"  # joblib's: the other cores have tests of their own
     result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = re.findall(r"^(teacher|plain student|distilled student) +(\d+\.\d) ", result.stdout, flags=re.MULTILINE)
     scores = {name: float(score) for name, score in rows}
     assert scores["teacher"] > scores["distilled student"] > scores["plain student"] + 1
-    assert time.perf_counter() - begin < 1200, "ten times the two minutes of two idle cores"
+    assert time.perf_counter() - begin < 1200, "ten times the two minutes that it takes"
     picture = Path(re.findall(r"^What they find in the same images: (.*)$", result.stdout, flags=re.MULTILINE)[0])
     assert picture.stat().st_size > 100_000

@@ -2,8 +2,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=$1
-echo "Setting up .venv (the first time takes a few minutes) ..."
-if [ ! -x .venv/bin/python ]; then
-    "${PYTHON:-python3}" -m venv .venv
+installed=.venv/installed$extras
+if [ ! "$installed" -nt pyproject.toml ]; then
+    echo "Setting up .venv (the first time takes a few minutes) ..."
+    if [ ! -x .venv/bin/python ]; then
+        "${PYTHON:-python3}" -m venv .venv
+    fi
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".$extras"
+    touch "$installed"
 fi
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".$extras"

@@ -20,7 +20,7 @@ from typing import Any
 import digits
 import pytest
 import yaml
-from conftest import SHORT, STUDENT, narrow
+from conftest import SHORT, STUDENT, bare
 from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT, entrypoint
 
@@ -112,7 +112,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     for family, size, task in set(re.findall(r"\b(yolo(?:v8|11|26))([nslmx])((?:-[a-z]+)?)\b(?![.-])", text)):
         model = folder / f"{family}{task}-any.pt"
         if not model.exists():
-            YOLO(narrow(f"{family}n{task}.yaml", 0.5)).save(model)
+            YOLO(bare(f"{family}n{task}.yaml", 0.5)).save(model)
         shutil.copy(model, folder / f"{family}{size}{task}.pt")
     classes = list(yaml.safe_load(Path(data).read_text())["names"].values())
     teacher = YOLO(STUDENT)

@@ -9,7 +9,7 @@ import digits
 import numpy as np
 import pytest
 import yaml
-from conftest import SHORT, STUDENT, narrow
+from conftest import SHORT, STUDENT, bare
 from labeling import (
     CONFIDENT,
     MODELS,
@@ -43,7 +43,7 @@ def test_a_training_sees_the_images_of_the_pool_and_their_labels(
     seen: list[Any] = []
     words = {"unlabeled": str(pictures), "cwd": 0 if task == "obb" else "balanced", **POOL}
     callbacks = {"on_train_start": lambda trainer: seen.append(trainer.train_loader.dataset)}
-    model = narrow(MODELS[task])
+    model = bare(MODELS[task])
     trainer = train(model=model, data=sets[task], teacher=teachers[task], callbacks=callbacks, **words)
     assert len(seen[0]) == 8 + 7
     ours = [label for label in seen[0].labels if str(trainer.pool.folder) in label["im_file"]]
@@ -117,7 +117,7 @@ def test_teachers_that_cannot_label_are_refused(
     with pytest.raises(ConfigError, match="a model for task=segment cannot label images for task=detect"):
         label(teachers["segment"], str(pictures), sets["detect"])
     with pytest.raises(ConfigError, match=r"\.yaml: cannot label images, it is not trained; give a \.pt checkpoint"):
-        label(narrow("yolov8n.yaml"), str(pictures), sets["detect"])
+        label(bare("yolov8n.yaml"), str(pictures), sets["detect"])
     with pytest.raises(ConfigError, match="teacher=YOLO: cannot label images as an object"):
         label(YOLO(teachers["detect"]), str(pictures), sets["detect"])
     assert not cache.exists()

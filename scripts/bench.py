@@ -51,7 +51,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.torch_utils import autocast
 
 import yolo_cwd
@@ -74,6 +73,7 @@ MAPS = {8: 256, 16: 512, 32: 512}  # channels by stride, of the loss alone: YOLO
 OPTIONS = {"teacher_epochs": 0, "adapter": "conv", "schedule": "constant"}  # a fit beforehand leaves a step as it is
 Words = dict[str, Any]
 Say = Callable[..., None]
+ARMS = ("plain", "built-in", "ours")  # the trainings that are compared
 
 
 def machine(words: Words, say: Say) -> None:
@@ -136,16 +136,11 @@ def teacher(words: Words, say: Say) -> None:
 def step(words: Words, say: Say) -> None:
     """Time steps in turns."""
     for batch in words["batch"]:
-        runs = {name: partial(take_step, *set_up(name, words, batch)) for name in arms()}
+        runs = {name: partial(take_step, *set_up(name, words, batch)) for name in ARMS}
         for name, found in timed(runs, words).items():
             say(f"{name}, batch {batch}", **found)
         del runs
         gc.collect()
-
-
-def arms() -> list[str]:
-    """Return the trainings that are compared; older releases of Ultralytics have no distillation built in."""
-    return ["plain", *(["built-in"] if "distill_model" in DEFAULT_CFG_DICT else []), "ours"]
 
 
 def take_step(trainer: Any, raw: Words) -> None:

@@ -250,7 +250,7 @@ def waits(run: Callable[[], Any], device: torch.device) -> Counter[str]:
 def memory(words: Words, say: Say) -> None:
     """Say the peak memory of a step, reset after two others, where nothing else is on the GPU."""
     for batch in words["batch"]:
-        for arm in bench.arms():
+        for arm in bench.ARMS:
             trainer, raw = alone(arm, words, batch)
             for _ in range(2):
                 bench.take_step(trainer, raw)
@@ -353,23 +353,24 @@ def amp(words: Words, say: Say) -> None:
 
 
 def processes(words: Words, say: Say) -> None:
-    """Train in one process of torchrun, and in two if there are two GPUs; by NCCL on GPUs."""
+    """Train in two processes of torchrun: by NCCL on two GPUs, by gloo on a CPU; NCCL takes no two on one GPU."""
     gpus = torch.cuda.device_count() if words["device"].type == "cuda" else 0
-    for count in [1, 2] if gpus > 1 else [1]:
-        arguments = training(words, count, f"processes{count}", epochs=2)
-        arguments |= {"device": ",".join(map(str, range(count))) if gpus else "cpu"}
-        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}"]
-        launch += [f"--master_port={find_free_network_port()}", str(ROOT / "scripts" / "bench_train.py"), "train"]
-        begin = time.perf_counter()
-        ended = subprocess.run([*launch, *(f"{k}={v}" for k, v in arguments.items())], **heard(words), check=False)
-        said = (ended.stdout + ended.stderr).splitlines()
-        rows = epochs_of(RUNS / f"processes{count}")
-        odd = [line for line in said if "device" in line.lower() and "barrier" in line.lower()]
-        found = {"code": ended.returncode, "epochs": len(rows), "warned_of_barriers": len(odd)}
-        found |= {"last": rows[-1] if rows else said[-3:]}
-        say(f"{count} by {'NCCL' if gpus else 'gloo'}", **found, seconds=time.perf_counter() - begin)
-        if ended.returncode:
-            raise RuntimeError(f"{count} processes ended with {ended.returncode}")
+    if gpus == 1:
+        say("2 by NCCL", failed="needs two GPUs")
+        return
+    arguments = {**training(words, 2, "processes", epochs=2), "device": "0,1" if gpus else "cpu"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    launch += [f"--master_port={find_free_network_port()}", str(ROOT / "scripts" / "bench_train.py"), "train"]
+    begin = time.perf_counter()
+    ended = subprocess.run([*launch, *(f"{k}={v}" for k, v in arguments.items())], **heard(words), check=False)
+    said = (ended.stdout + ended.stderr).splitlines()
+    rows = epochs_of(RUNS / "processes")
+    odd = [line for line in said if "device" in line.lower() and "barrier" in line.lower()]
+    found = {"code": ended.returncode, "epochs": len(rows), "warned_of_barriers": len(odd)}
+    found |= {"last": rows[-1] if rows else said[-3:]}
+    say(f"2 by {'NCCL' if gpus else 'gloo'}", **found, seconds=time.perf_counter() - begin)
+    if ended.returncode:
+        raise RuntimeError(f"two processes ended with {ended.returncode}")
 
 
 def resume(words: Words, say: Say) -> None:

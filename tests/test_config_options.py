@@ -235,7 +235,7 @@ def test_every_level_has_a_weight() -> None:
     assert settings(share=3, level_weights=(2, 1)).weights_of(names) == [6, 3]
     assert settings(share=3, cwd=5, level_weights=(2, 1)).weights_of(names) == [2, 1], "of the fixed weight"
     with pytest.raises(ConfigError) as error:
-        settings(level_weights=(1, 2, 3)).weights_of(names)
+        settings(level_weights=(1, 2, 3), share=0.03).weights_of(names)
     assert str(error.value) == (
         "level_weights=1.0,2.0,3.0: 3 weights for the 2 distilled levels P3, P4; give one number, or one for each level"
     )

@@ -346,15 +346,13 @@ class Settings:
         Raises:
             ConfigError: If `level_weights` is neither one number nor as many as there are levels.
         """
-        weights = [w * self.share if self.balanced else w for w in self.level_weights]
-        if len(weights) == 1:
-            return weights * len(names)
-        if len(weights) != len(names):
+        given = self.level_weights * (len(names) if len(self.level_weights) == 1 else 1)
+        if len(given) != len(names):
             raise ConfigError(
-                f"level_weights={','.join(map(str, weights))}: {len(weights)} weights for the {len(names)} distilled "
+                f"level_weights={','.join(map(str, given))}: {len(given)} weights for the {len(names)} distilled "
                 f"levels {', '.join(names)}; give one number, or one for each level"
             )
-        return weights
+        return [weight * (self.share if self.balanced else 1) for weight in given]
 
 
 def split_options(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ultralytics.utils import LOGGER
 
 from yolo_cwd.config import ConfigError
 from yolo_cwd.run import distributed, torchrun
@@ -100,3 +101,16 @@ def test_the_page_says_how_long_a_silent_process_is_waited_for() -> None:
     page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
     (hours,) = re.findall(r"waited for (\d+) hours", page)
     assert timedelta(hours=int(hours)) == distributed.TIMEOUT
+
+
+@pytest.mark.parametrize(("local_rank", "lines"), [(0, 1), (1, 0)])
+def test_a_machine_that_does_not_see_the_run_says_so_once(
+    local_rank: int, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed, "LOCAL_RANK", local_rank)
+    LOGGER.setLevel("ERROR")  # as Ultralytics has it in every process but the first
+    distributed.check_folder(tmp_path)
+    distributed.check_folder(tmp_path / "absent")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == lines
+    assert all(line.startswith(f"yolo_cwd: this machine does not see {tmp_path / 'absent'}; ") for line in said)

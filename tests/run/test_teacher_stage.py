@@ -334,8 +334,11 @@ def test_a_run_resumes_while_its_teacher_is_trained(
         staged(name="run", epochs=2, teacher_epochs=3, tau=2.0)
     moved = (tmp_path / "runs" / "run").rename(tmp_path / "runs" / "moved")
     checkpoint = moved / "teacher" / "weights" / "last.pt"
-    trainer = CWDTrainer(overrides={"resume": True, "model": str(checkpoint), "task": "detect"})
+    warned: list[str] = []
+    monkeypatch.setattr("ultralytics.utils.LOGGER.warning", warned.append)
+    trainer = CWDTrainer(overrides={"resume": True, "model": str(checkpoint), "task": "detect", "lr0": 0.5})
     trainer.train()
+    assert [line.partition("ignored: ")[2] for line in warned if "keeps its" in line] == ["lr0"]
     assert [t.start_epoch for t in trained] == [0, 2]
     assert (trainer.save_dir, trainer.epochs, trainer.settings.tau) == (moved, 2, 2.0)
     assert len((moved / "results.csv").read_text().splitlines()) == 3

@@ -121,8 +121,8 @@ def _glob(pattern: str) -> list[str]:
 def _files_of_list(file: Path) -> list[str]:
     """Return the paths in a list; those with `./`, or not found from the working folder, are relative to the list."""
     lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    here = [line for line in lines if not line.startswith("./") and exists(line)]
-    return [str(Path(line).absolute() if line in set(here) else file.parent.absolute() / line) for line in lines]
+    here, there = Path.cwd(), file.parent.absolute()
+    return [str((here if not line.startswith("./") and exists(line) else there) / line) for line in lines]
 
 
 def images_of_data(data: Mapping[str, Any]) -> Split:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from ultralytics.utils import LOCAL_RANK, LOGGER
+from ultralytics.utils import LOCAL_RANK
 
 WORLD_SIZE = int(os.getenv("WORLD_SIZE", "1"))
 WORLD_SIZE_HERE = int(os.getenv("LOCAL_WORLD_SIZE", "1"))  # on this machine
@@ -66,11 +67,13 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
 
 
 def check_folder(folder: Path) -> None:
-    """Warn, once per machine, if it cannot see the run folder of the first process."""
+    """Warn, once per machine, if it cannot see the run folder of the first process.
+
+    Ultralytics' logger would not: it is silent in all processes but the first.
+    """
     if LOCAL_RANK == 0 and not folder.is_dir():
-        LOGGER.warning(
-            f"this machine does not see {folder}; 'resume' needs project= on storage that all machines share"
-        )
+        reason = f"this machine does not see {folder}; 'resume' needs project= on storage that all machines share"
+        print(f"yolo_cwd: {reason}", file=sys.stderr)
 
 
 def broadcast_module(module: nn.Module) -> None:

@@ -77,7 +77,9 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
     Raises:
         ConfigError: If an option or an argument cannot be used.
     """
-    below, overrides, goes_on = teacher_record.taken_up(_below(cfg), overrides)
+    below, overrides, goes_on, ignored = teacher_record.taken_up(_below(cfg), overrides)
+    if ignored:
+        LOGGER.warning(f"{colorstr('CWD:')} a resumed run keeps its arguments; ignored: {', '.join(ignored)}")
     options, arguments = split_options(overrides)
     base = split_options(below)[1]
     options = split_options(merge(below, overrides))[0]
@@ -121,7 +123,7 @@ def task_of(cfg: Any, overrides: dict[str, Any]) -> Task:
     Raises:
         ConfigError: If it cannot be trained.
     """
-    below, overrides, _ = teacher_record.taken_up(_below(cfg), overrides)
+    below, overrides, *_ = teacher_record.taken_up(_below(cfg), overrides)
     given = merge(below, overrides)
     student = given.get("student") or given.get("model")
     if resume := given.get("resume"):

@@ -45,11 +45,12 @@ def drop_rows_after(table: Path, epoch: int) -> None:
 
     A row that plain Ultralytics has added ends before our columns, and gets nan there.
     """
-    lines = table.read_text(encoding="utf-8").splitlines(keepends=True) if table.exists() else []
+    text = table.read_text(encoding="utf-8") if table.exists() else ""
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     if not lines:  # emptied by a power cut, perhaps: Ultralytics writes the header into a new file alone
         table.unlink(missing_ok=True)
         return
-    header, *rows = (line.strip().split(",") for line in lines if line.endswith("\n"))
+    header, *rows = (line.strip().split(",") for line in lines)
     whole = [row for row in rows if row[0].strip().isdecimal() and int(row[0]) <= epoch and len(row) <= len(header)]
     padded = [row + ["nan"] * (len(header) - len(row)) for row in whole]
     write_atomic(table, "".join(",".join(row) + "\n" for row in [header, *padded]))

@@ -20,7 +20,6 @@ from torch import nn
 from ultralytics.data.base import BaseDataset
 from ultralytics.data.utils import get_hash, img2label_paths
 from ultralytics.nn.tasks import yaml_model_load
-from ultralytics.utils import LOGGER, colorstr
 from ultralytics.utils.checks import check_model_file_from_stem
 from ultralytics.utils.downloads import attempt_download_asset
 from ultralytics.utils.files import get_latest_run
@@ -156,7 +155,23 @@ def of_checkpoint(checkpoint: Path) -> Record | None:
     return read(place[1])
 
 
-def taken_up(below: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], bool]:
+class TakenUp(NamedTuple):
+    """The arguments of a request.
+
+    Attributes:
+        below: Those to start from.
+        overrides: Those that take precedence.
+        goes_on: Whether the teacher's training goes on, if it is not complete.
+        ignored: The names of what was given in vain, since the run that goes on keeps its own.
+    """
+
+    below: dict[str, Any]
+    overrides: dict[str, Any]
+    goes_on: bool = False
+    ignored: tuple[str, ...] = ()
+
+
+def taken_up(below: dict[str, Any], overrides: dict[str, Any]) -> TakenUp:
     """Return the arguments of a request; where it resumes from a teacher's checkpoint, those of the run.
 
     The student goes on from its own checkpoint if it has one. Otherwise the run starts again in its folder.
@@ -164,18 +179,15 @@ def taken_up(below: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[str
     Args:
         below: The arguments to start from.
         overrides: Those that take precedence.
-
-    Returns:
-        Both, and whether the teacher's training goes on, if it is not complete.
     """
     given = {**below, **overrides}
     resume = given.get("resume")
     if not resume or (resume is True and given.get("name") and given.get("teacher")):
-        return below, overrides, False
+        return TakenUp(below, overrides)
     named = resume if isinstance(resume, str | Path) else given.get("student") or given.get("model") or get_latest_run()
     record = of_checkpoint(Path(named)) if isinstance(named, str | Path) and named else None
     if record is None:
-        return below, overrides, False
+        return TakenUp(below, overrides)
     if not record.arguments:
         raise ConfigError(
             f"resume={named}: is the teacher of a comparison; repeat the command 'yolo_cwd compare' instead"
@@ -183,15 +195,14 @@ def taken_up(below: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[str
     run = record.folder.parent
     if (last := run / "weights" / "last.pt").is_file():
         own = {name: value for name, value in overrides.items() if name not in NAMING}
-        return below, {**own, "resume": str(last), "model": str(last)}, False
+        return TakenUp(below, {**own, "resume": str(last), "model": str(last)})
     replaced = {name: value for name, value in overrides.items() if name in REPLACEABLE and value is not None}
     begun = {**record.arguments, **record.options}
-    ignored = overrides.keys() - replaced.keys() - NAMING
-    if ignored := {name for name in ignored if overrides[name] not in {None, begun.get(name)}}:
-        LOGGER.warning(f"{colorstr('CWD:')} a resumed run keeps its arguments; ignored: {', '.join(sorted(ignored))}")
+    others = sorted(overrides.keys() - replaced.keys() - NAMING)
+    ignored = tuple(name for name in others if overrides[name] not in {None, begun.get(name)})
     start = record.folder / OBJECT
     teacher = {"teacher": str(start)} if start.is_file() else {}
-    return {}, {**begun, **teacher, **replaced, "resume": False, "save_dir": str(run)}, True
+    return TakenUp({}, {**begun, **teacher, **replaced, "resume": False, "save_dir": str(run)}, True, ignored)
 
 
 def own_teacher(kept: Any, run: Path) -> Any:

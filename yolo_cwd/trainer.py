@@ -20,13 +20,11 @@ the teacher before the student's, and the state that lies beside the checkpoints
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from ultralytics.cfg import get_cfg
-from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, LOCAL_RANK, LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import autocast, unwrap_model
 
@@ -40,13 +38,13 @@ from yolo_cwd.method.student import KeepsShape
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.pool.pool import Labeler, Pool
 from yolo_cwd.run import distributed, request, results, teacher_stage, torchrun
-from yolo_cwd.run.files import atomic_checkpoints, atomic_strip, content_of
+from yolo_cwd.run.files import atomic_checkpoints, content_of
 from yolo_cwd.run.folder import RunFolder
-from yolo_cwd.run.interrupted import require_fit
 from yolo_cwd.run.refusal import require_autocast, require_models, unusable_student
 from yolo_cwd.run.state import FILE as STATE_FILE
 from yolo_cwd.run.state import set_aside
-from yolo_cwd.tasks import TASKS, task_of_trainer
+from yolo_cwd.run.whole_run import WholeRun, for_task
+from yolo_cwd.tasks import task_of_trainer
 from yolo_cwd.two_stages import train_teacher
 from yolo_cwd.view.attach import attach
 
@@ -57,7 +55,7 @@ ANEW = (
 OTHER_TEACHER = "not the network that the run began with, and to which its adapters have been fitted; better begin anew"
 
 
-class CWDTrainer(KeepsShape, DetectionTrainer):
+class CWDTrainer(KeepsShape, WholeRun):
     """Train a model with channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256).
 
     Takes every argument of Ultralytics' trainer for the student's task (detect, segment, pose, obb, semantic or depth),
@@ -80,17 +78,10 @@ class CWDTrainer(KeepsShape, DetectionTrainer):
         >>> CWDTrainer(overrides={"model": "yolov8n.pt", "teacher": "yolov8l.pt", "data": "coco8.yaml"}).train()
     """
 
-    wdir: Path
-    csv: Path
-    save_dir: Path
-    model: Any
     device: torch.device
     optimizer: torch.optim.Optimizer
     epoch: int
     epochs: int
-    start_epoch: int
-    ddp: bool
-    resume: bool
 
     def __new__(
         cls,
@@ -99,7 +90,7 @@ class CWDTrainer(KeepsShape, DetectionTrainer):
         _callbacks: dict[str, Any] | None = None,
     ) -> CWDTrainer:
         """Make a trainer for the student's task."""
-        trainer: CWDTrainer = super().__new__(_for_task(cls, request.task_of(cfg, overrides or {}).name))
+        trainer: CWDTrainer = super().__new__(for_task(cls, request.task_of(cfg, overrides or {}).name))
         return trainer
 
     def __init__(
@@ -340,14 +331,6 @@ class CWDTrainer(KeepsShape, DetectionTrainer):
                 self.state.save(folder)
         return saved
 
-    def resume_training(self, ckpt: Any) -> None:
-        """Go on where the checkpoint stands; epochs that were begun after it are run again."""
-        if self.resume and ckpt:
-            require_fit(unwrap_model(self.model), ckpt, self.data["names"], self.args.data, Path(self.args.resume))
-        super().resume_training(ckpt)
-        if self.resume and RANK in {-1, 0}:
-            results.drop_rows_after(self.csv, self.start_epoch)
-
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
         terms, head = self.distillation.terms, unwrap_model(self.model).model[-1]
         with hooks_set_aside(head), set_aside(self.optimizer, list(terms.parameters())):
@@ -363,17 +346,4 @@ class CWDTrainer(KeepsShape, DetectionTrainer):
         self.finished = True
         if RANK in {-1, 0}:
             (self.wdir / STATE_FILE).unlink(missing_ok=True)
-        with atomic_strip():
-            super().final_eval()
-
-
-def _for_task(trainer: type[CWDTrainer], name: str) -> type[CWDTrainer]:
-    """Return a trainer class combined with Ultralytics' trainer for a task.
-
-    It keeps its name: if Ultralytics starts several processes, each imports the trainer by that name and ends up here.
-    """
-    bases = torchrun.with_processes(trainer, TASKS[name].trainer)
-    if all(issubclass(trainer, base) for base in bases):
-        return trainer
-    place = {"__module__": trainer.__module__, "__qualname__": trainer.__qualname__, "__doc__": trainer.__doc__}
-    return type(trainer.__name__, bases, place)
+        super().final_eval()

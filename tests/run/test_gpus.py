@@ -1,4 +1,4 @@
-"""Which GPU each process takes, and what NCCL is told; no GPU is needed."""
+"""What each process takes for its GPU and its trainer, and what NCCL is told; no GPU is needed."""
 
 import re
 from collections.abc import Callable
@@ -14,7 +14,8 @@ import torch.distributed as dist
 from ultralytics.utils import LOGGER
 
 from yolo_cwd.config import ConfigError
-from yolo_cwd.run import distributed, torchrun
+from yolo_cwd.run import distributed, teacher_stage, torchrun
+from yolo_cwd.tasks import TASKS
 
 Join = Callable[..., tuple[str, list[int]]]
 
@@ -114,3 +115,13 @@ def test_a_machine_that_does_not_see_the_run_says_so_once(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == lines
     assert all(line.startswith(f"yolo_cwd: this machine does not see {tmp_path / 'absent'}; ") for line in said)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_trainer_of_a_teacher_is_found_by_its_name(task: str) -> None:
+    """Older releases of Ultralytics have each of their processes import it so, and make it of its arguments."""
+    trainer = teacher_stage.TeacherTrainer
+    made = trainer.__new__(trainer, {}, {"task": task})
+    assert isinstance(made, trainer)
+    assert isinstance(made, TASKS[task].trainer)
+    assert getattr(teacher_stage, type(made).__name__) is trainer

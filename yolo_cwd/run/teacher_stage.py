@@ -21,21 +21,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, LOCAL_RANK, LOGGER, RANK, colorstr
-from ultralytics.utils.torch_utils import init_seeds, unwrap_model
+from ultralytics.utils.torch_utils import init_seeds
 
 from yolo_cwd.config import ConfigError, Settings, listed
 from yolo_cwd.run import teacher_record
 from yolo_cwd.run.distributed import barrier, broadcast_object, failed_children
-from yolo_cwd.run.files import atomic_checkpoints, atomic_path, atomic_strip, remove_leftovers, write_atomic
-from yolo_cwd.run.interrupted import is_finished, newest_usable, read_checkpoint, require_fit
+from yolo_cwd.run.files import atomic_checkpoints, atomic_path, remove_leftovers, write_atomic
+from yolo_cwd.run.interrupted import is_finished, newest_usable, read_checkpoint
 from yolo_cwd.run.known import data_with_classes, lacking, require_labels, trainable_task
 from yolo_cwd.run.random_state import random_numbers_untouched
-from yolo_cwd.run.results import drop_rows_after
 from yolo_cwd.run.teacher_record import FOLDER, OBJECT, ON_RESUME, Record, last_of, weights_of
-from yolo_cwd.run.torchrun import with_processes
-from yolo_cwd.tasks import TASKS, Task
+from yolo_cwd.run.whole_run import WholeRun, for_task
+from yolo_cwd.tasks import Task
 
 AS_IT_IS = (
     "does not know {lacks}; it teaches as it is, with {share}. With a share of 1 such teachers have cost 4 to 5 points "
@@ -51,17 +49,13 @@ LEAST_TIME = 1 / 3600  # hours for the student, whatever its teacher has taken: 
 BEGINNING = "on_pretrain_routine_start"
 
 
-class TeacherTrainer(DetectionTrainer):
-    """Ultralytics' trainer of a task, whose checkpoints are whole even after a kill.
+class TeacherTrainer(WholeRun):
+    """Ultralytics' trainer of a task, whose checkpoints are whole even after a kill."""
 
-    A class that is also derived from Ultralytics' trainer of a task trains for that task.
-    """
-
-    wdir: Path
-    csv: Path
-    start_epoch: int
-    ddp: bool
-    resume: bool
+    def __new__(cls, cfg: Any, overrides: dict[str, Any], _callbacks: Any = None) -> TeacherTrainer:
+        """Make a trainer for the argument `task`."""
+        trainer: TeacherTrainer = super().__new__(for_task(cls, overrides["task"]))
+        return trainer
 
     def train(self) -> None:
         """Train as Ultralytics does, and leave the process group to the student.
@@ -78,25 +72,6 @@ class TeacherTrainer(DetectionTrainer):
         self.wdir.mkdir(parents=True, exist_ok=True)
         with atomic_checkpoints(self):
             return super().save_model()
-
-    def final_eval(self) -> None:
-        """Strip and score the checkpoints as Ultralytics does."""
-        with atomic_strip():
-            super().final_eval()
-
-    def resume_training(self, ckpt: Any) -> None:
-        """Go on where the checkpoint stands; epochs that were begun after it are run again."""
-        if self.resume and ckpt:
-            require_fit(unwrap_model(self.model), ckpt, self.data["names"], self.args.data, Path(self.args.resume))
-        super().resume_training(ckpt)
-        if self.resume and RANK in {-1, 0}:
-            drop_rows_after(self.csv, self.start_epoch)
-
-
-def _trainer_for(task: str) -> type[Any]:
-    """Return the trainer class of a teacher's task; in a process that `torchrun` started, one that joins the others."""
-    bases = with_processes(TeacherTrainer, TASKS[task].trainer)
-    return type(TeacherTrainer.__name__, bases, {"__module__": __name__, "__doc__": TeacherTrainer.__doc__})
 
 
 @dataclass
@@ -230,10 +205,10 @@ class TeacherStage:
         given = self.arguments(args)
         if last is not None:
             given = {name: value for name, value in given.items() if name in ON_RESUME}
-            given |= {"resume": str(last), "model": str(last)}
+            given |= {"resume": str(last), "model": str(last), "task": self.task}
         else:
             given["model"] = start
-        trainer = _trainer_for(self.task)(DEFAULT_CFG_DICT, {**given, "save_dir": str(self.folder)})
+        trainer = TeacherTrainer(DEFAULT_CFG_DICT, {**given, "save_dir": str(self.folder)})
         if not trainer.ddp:
             trainer.add_callback("on_train_start", self._note)
         trainer.train()

@@ -28,18 +28,6 @@ from yolo_cwd.config import ConfigError
 from yolo_cwd.run.distributed import TIMEOUT, WORLD_SIZE, WORLD_SIZE_HERE, broadcast_module, broadcast_object
 
 
-def with_processes(*classes: type) -> tuple[type, ...]:
-    """Return the bases of a trainer that also works in the processes of `torchrun`; the same bases outside of them.
-
-    Args:
-        *classes: The trainer's bases; the last is Ultralytics' trainer of a task.
-    """
-    if RANK == -1:
-        return classes
-    *ours, task = classes
-    return (*ours, ProcessTrainer, task, JointEvaluation)
-
-
 class JointEvaluation(BaseTrainer):
     """What Ultralytics' trainers do last, for several processes; that of a task may add to it."""
 

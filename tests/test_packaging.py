@@ -1,6 +1,7 @@
 """The sources as a whole; the wheel, in an environment of its own; a drill of crashes."""
 
 import ast
+import re
 import subprocess
 import sys
 import tarfile
@@ -35,6 +36,19 @@ def test_every_text_file_is_opened_as_utf8() -> None:
     found = {str(f): [*_opened_without_encoding(ast.parse(f.read_text(encoding="utf-8")))] for f in SOURCES}
     assert len(found) > 20
     assert {file: lines for file, lines in found.items() if lines} == {}
+
+
+def test_imports_point_down_the_list_of_places() -> None:
+    rows = re.findall(r"^\| (`[^|]+`) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    place = {name.strip("`/").removesuffix(".py"): row for row, names in enumerate(rows) for name in names.split(", ")}
+    up = []
+    for file in (ROOT / "yolo_cwd").rglob("*.py"):
+        here = file.relative_to(ROOT / "yolo_cwd").parts[0].removesuffix(".py")
+        text = file.read_text(encoding="utf-8")
+        for names in re.findall(r"^ *from yolo_cwd(?:\.(\w+)\S*)? import (.+)$", text, flags=re.MULTILINE):
+            there = [names[0]] if names[0] else names[1].split(", ")
+            up += [(str(file), name) for name in there if place.get(name, len(rows)) < place.get(here, -1)]
+    assert up == []
 
 
 @pytest.fixture(scope="module")

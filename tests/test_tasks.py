@@ -84,7 +84,11 @@ def taught(sets: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Ca
 
         def look(trainer: CWDTrainer) -> None:
             restored.remember(
-                trainer.start_epoch - 1, trainer.distillation.terms, trainer.optimizer, trainer.distillation.measured()
+                trainer.start_epoch - 1,
+                trainer.distillation.terms,
+                trainer.optimizer,
+                trainer.distillation.measured(),
+                "",
             )
 
         return Taught(half, saved.epochs, restored.epochs, resume(last, {"on_train_start": look}))

@@ -200,7 +200,6 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 class Option(NamedTuple):
     """One line of `cfg/default.yaml`."""
 
-    name: str
     default: Any
     meaning: str
 
@@ -214,7 +213,7 @@ def _cfg_folder() -> Path:
 def _read_options() -> dict[str, Option]:
     text = (_cfg_folder() / "default.yaml").read_text(encoding="utf-8")
     meanings = dict(re.findall(r"^(\w+):.*? # (.*)$", text, flags=re.MULTILINE))
-    return {name: Option(name, default, meanings[name]) for name, default in yaml.safe_load(text).items()}
+    return {name: Option(default, meanings[name]) for name, default in yaml.safe_load(text).items()}
 
 
 OPTIONS = _read_options()

@@ -112,6 +112,11 @@ def task_of_student(student: Any, asked: str | None = None) -> Task:
     return TASKS[name]
 
 
+def count_classes(model: nn.Module) -> int:
+    """Return the number of classes of a model's head; 0 if it has none."""
+    return int(getattr(model.model[-1], "nc", 0))  # type: ignore[index]
+
+
 def task_and_head(student: Any) -> tuple[str | None, str]:
     """Return the task of a model (None if unknown) and the class name of its head."""
     path = Path(str(student))

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,6 @@ from ultralytics.utils import LOGGER
 from yolo_cwd.run import files
 from yolo_cwd.run.files import atomic_checkpoints, atomic_strip, write_atomic
 from yolo_cwd.run.results import drop_rows_after
-from yolo_cwd.study.dry_run import scratch_folder
 from yolo_cwd.tasks import TASKS
 from yolo_cwd.view.report import read_curves
 
@@ -117,21 +115,6 @@ def test_the_log_names_the_file_that_is_there(
     assert "/.last.pt" not in caplog.text
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.pt", "torn.pt"]
     assert torch.load(tmp_path / "last.pt", weights_only=False)["epoch"] == -1
-
-
-def test_what_threads_share_is_changed_by_the_first_and_restored_by_the_last() -> None:
-    """Two that begin and end in turns, as two trainings in threads do."""
-    strip, level, stdout = files.ultralytics_trainer.strip_optimizer, LOGGER.level, sys.stdout
-    for changed in (atomic_strip, scratch_folder):
-        first, second = changed(), changed()
-        for step in (first.__enter__, second.__enter__):
-            step()
-        during = files.ultralytics_trainer.strip_optimizer, LOGGER.level, sys.stdout
-        first.__exit__(None, None, None)
-        assert (files.ultralytics_trainer.strip_optimizer, LOGGER.level, sys.stdout) == during
-        assert during != (strip, level, stdout)
-        second.__exit__(None, None, None)
-        assert (files.ultralytics_trainer.strip_optimizer, LOGGER.level, sys.stdout) == (strip, level, stdout)
 
 
 @pytest.fixture

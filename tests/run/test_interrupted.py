@@ -22,7 +22,7 @@ from yolo_cwd import ConfigError, CWDTrainer
 from yolo_cwd.cli import main
 from yolo_cwd.run.interrupted import newest_usable, require_fit
 from yolo_cwd.run.results import drop_rows_after, read_rows
-from yolo_cwd.run.state import FILE, load_state
+from yolo_cwd.run.state import FILE
 from yolo_cwd.run.teacher_stage import TeacherTrainer
 from yolo_cwd.tasks import TASKS
 from yolo_cwd.view.report import outcome, read_curves
@@ -45,23 +45,10 @@ def start_over_plainly(last: Path, data: str, epoch: int) -> None:
     plain(epoch, **{**SHORT, "data": data, "epochs": 4, **where})
 
 
-def as_before_digests(last: Path) -> None:
-    """Let the state be what a release without digests has written."""
-    file = last.parent / FILE
-    content = torch.load(file, weights_only=True)
-    content.pop("first_time")
-    for saved in content["epochs"].values():
-        saved.pop("checkpoint")
-    torch.save(content, file)
-
-
-@pytest.mark.parametrize("older", [False, True], ids=["state", "state without digests"])
 def test_a_plain_run_of_the_same_name_is_not_taken_for_the_distilled_one(
-    train: Train, data: str, tmp_path: Path, older: bool
+    train: Train, data: str, tmp_path: Path
 ) -> None:
     last = interrupted(train, tmp_path, 2, epochs=4)
-    if older:
-        as_before_digests(last)
     start_over_plainly(last, data, epoch=2)
     before = last.read_bytes()
     with pytest.raises(ConfigError) as error:
@@ -73,21 +60,10 @@ def test_a_plain_run_of_the_same_name_is_not_taken_for_the_distilled_one(
     DetectionTrainer(overrides={"resume": str(last), "model": str(last)}).train()  # the remedy
 
 
-def test_a_state_without_digests_is_read_where_the_checkpoint_is_its_own(train: Train, tmp_path: Path) -> None:
-    last = interrupted(train, tmp_path, 2, epochs=3)
-    kept = load_state(last).epochs[1]["adapters"]
-    as_before_digests(last)
-    assert all(torch.equal(kept[name], value) for name, value in load_state(last).epochs[1]["adapters"].items())
-    resume(last)
-
-
-@pytest.mark.parametrize("older", [False, True], ids=["state", "state without digests"])
 def test_a_run_that_went_on_plainly_comes_back_to_its_teacher(
-    train: Train, tmp_path: Path, said: Callable[[], str], older: bool
+    train: Train, tmp_path: Path, said: Callable[[], str]
 ) -> None:
     last = interrupted(train, tmp_path, 2, epochs=5, tau=2.0, **FITTED)
-    if older:
-        as_before_digests(last)
     plain(3, resume=str(last), model=str(last))
     said()
     explained: list[float] = []

@@ -70,7 +70,7 @@ def test_a_new_state_knows_nothing_else() -> None:
 def test_the_last_two_epochs_are_kept_in_order() -> None:
     state, *_ = kept(0, 1, 2, 3)
     assert list(state.epochs) == [2, 3]
-    state.remember(2, adapters(), optimizer_of(adapters()), {})
+    state.remember(2, adapters(), optimizer_of(adapters()), {}, "")
     assert list(state.epochs) == [2], "what is later has been given up"
     assert state.epochs[2]["checkpoint"] == ""
 
@@ -93,7 +93,7 @@ def test_values_that_are_no_tensors_are_kept_and_restored() -> None:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     for parameter in list(module.parameters())[:1]:  # the other one has no state yet
         optimizer.state[parameter] = {"momentum_buffer": torch.ones(3), "step": 7, "none": None}
-    state.remember(0, module, optimizer, {})
+    state.remember(0, module, optimizer, {}, "")
     other = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     state.restore(0, module, other)
     first, second = (other.state[parameter] for parameter in module.parameters())
@@ -107,7 +107,7 @@ def test_a_restored_training_makes_the_same_steps(kind: Any) -> None:
     module = adapters()
     optimizer = optimizer_of(module, kind, **more)
     state = RunState({})
-    state.remember(3, module, optimizer, MEASURED)
+    state.remember(3, module, optimizer, MEASURED, "")
     before = copy.deepcopy(state.epochs)
     other = nn.Conv2d(3, 2, 1)
     resumed = kind(other.parameters(), lr=0.1, **more)
@@ -209,13 +209,10 @@ def any_checkpoint_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(states, "read_checkpoint", lambda file: torch.load(file, weights_only=False))
 
 
-def saved(folder: Path, digests: bool = True, **more: Any) -> RunState:
+def saved(folder: Path, **more: Any) -> RunState:
     """A state of two epochs that is saved beside the checkpoint of the second."""
     state, *_ = kept(0, 1)
     state.epochs[1]["checkpoint"] = content_of(folder / "last.pt")
-    if not digests:
-        for one in state.epochs.values():
-            del one["checkpoint"]
     for name, value in more.items():
         setattr(state, name, value)
     state.save(folder)
@@ -232,12 +229,6 @@ def test_a_saved_state_is_loaded_with_the_epoch_of_its_checkpoint(tmp_path: Path
     assert sorted(f.name for f in tmp_path.iterdir()) == [FILE, "last.pt"], "what a kill has left is gone"
 
 
-def test_a_state_of_an_earlier_release_has_less_in_it(tmp_path: Path) -> None:
-    file = checkpoint(tmp_path)
-    torch.save({"options": {"tau": 2}, "epochs": {1: {"adapters": {}}}}, tmp_path / FILE)
-    assert vars(load_state(file)) == vars(RunState({"tau": 2}, {1: {"adapters": {}}}))
-
-
 def test_a_state_is_known_by_its_checkpoint_alone(tmp_path: Path) -> None:
     """Before the first row of the table, or where it has been lost."""
     file = checkpoint(tmp_path, train_results=None)
@@ -251,7 +242,7 @@ def test_a_state_that_cannot_be_read(kind: str, tmp_path: Path) -> None:
     if kind == "torn":
         (tmp_path / FILE).write_bytes(b"torn")
     else:
-        content = {"options": Payload(marker), "epochs": {}} if kind == "hostile" else {"options": {}}
+        content = {"options": Payload(marker), "epochs": {}} if kind == "hostile" else {"model": {}}
         torch.save(content, tmp_path / FILE)
     with pytest.raises(ConfigError) as error:
         load_state(file)
@@ -307,31 +298,6 @@ def test_a_checkpoint_that_was_written_without_us(
     file = checkpoint(tmp_path, train_results=table, more="of it")
     if is_ours:
         assert load_state(file).epochs == {}, "the adapters begin anew"
-        return
-    with pytest.raises(ConfigError) as error:
-        load_state(file)
-    assert str(error.value) == f"resume={file}: {OTHER}"
-
-
-@pytest.mark.parametrize(
-    ("weights", "found"),
-    [
-        pytest.param([1.0, 0.75, 0.5], [1], id="distilled"),
-        pytest.param([2, 1, 0], [1], id="at weight 0"),
-        pytest.param([1.0, 0.5, math.nan], [], id="the last epoch without us"),
-        pytest.param([1.0, 0.5, None], [], id="an empty cell"),
-        pytest.param([math.nan, math.nan, 1.0], [1], id="the first epochs without us"),
-        pytest.param([], [], id="an empty column"),
-        pytest.param(None, None, id="another run"),
-    ],
-)
-def test_a_state_without_digests(weights: Any, found: list[int] | None, tmp_path: Path) -> None:
-    """Written by an earlier release: the table of the checkpoint tells whether an epoch was distilled."""
-    table = {"time": [1.5, 3.0, 4.5]} | ({} if weights is None else {"train/cwd_weight": weights})
-    file = checkpoint(tmp_path, train_results=table)
-    saved(tmp_path, digests=False)
-    if found is not None:
-        assert list(load_state(file).epochs) == found
         return
     with pytest.raises(ConfigError) as error:
         load_state(file)

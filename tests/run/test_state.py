@@ -253,7 +253,7 @@ def test_only_the_last_epochs_are_kept() -> None:
     adapters = nn.ModuleList([nn.Conv2d(2, 3, 1)])
     state = RunState({})
     for epoch in range(4):
-        state.remember(epoch, adapters, torch.optim.SGD(adapters.parameters()), {"P3": [float(epoch), 1.0]})
+        state.remember(epoch, adapters, torch.optim.SGD(adapters.parameters()), {"P3": [float(epoch), 1.0]}, "")
     assert list(state.epochs) == [2, 3]
     state.restore(3, adapters, torch.optim.SGD(adapters.parameters()))
     assert state.measured == {"P3": [3.0, 1.0]}
@@ -264,7 +264,7 @@ def test_only_the_last_epochs_are_kept() -> None:
 def test_adapters_that_are_not_finite_are_not_restored() -> None:
     adapters = nn.ModuleList([nn.Conv2d(2, 3, 1)])
     optimizer, state = torch.optim.SGD(adapters.parameters()), RunState({})
-    state.remember(0, adapters, optimizer, {"P3": [1.0, 1.0]})
+    state.remember(0, adapters, optimizer, {"P3": [1.0, 1.0]}, "")
     state.epochs[0]["adapters"]["0.weight"][0] = torch.nan
     state.restore(0, adapters, optimizer)
     assert state.measured == {}

@@ -333,7 +333,9 @@ def test_table_and_files(tmp_path: Path) -> None:
     for r in RESULTS:
         (tmp_path / "results" / f"{r['arm']}-{r['seed']}.json").write_text(json.dumps(r))
     (tmp_path / "results" / "teacher.json").write_text(json.dumps(TEACHER))
-    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump({"arms": {"plain": {}, "cwd": {}}}, sort_keys=False))
+    (tmp_path / "comparison.yaml").write_text(
+        yaml.safe_dump({"task": "detect", "arms": {"plain": {}, "cwd": {}}}, sort_keys=False)
+    )
     summary = write_summary(tmp_path)
     shown = as_text(table(summary)).splitlines()
     assert shown[1].split() == ["teacher", "41.0", "60.0"]

@@ -136,16 +136,6 @@ def test_a_comparison_goes_on_where_its_data_have_moved(words: Words, trained: l
     assert len(trained) == 9
 
 
-def test_a_comparison_of_before_is_taken_up(words: Words, trained: list[str], tmp_path: Path) -> None:
-    compare.run(words)
-    file = Path(words["folder"]) / "comparison.yaml"
-    content = yaml.safe_load(file.read_text())
-    assert content["content"].keys() >= {"teacher", "student", "data", "images of data", "labels of data"}
-    file.write_text(yaml.safe_dump({k: v for k, v in content.items() if k not in {"content", "versions"}}))
-    compare.run({**words, "seeds": 3})
-    assert yaml.safe_load(file.read_text())["content"] == content["content"]
-
-
 def test_runs_of_other_versions_do_not_join(
     words: Words, trained: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

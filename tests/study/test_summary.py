@@ -39,7 +39,7 @@ def written(folder: Path, arms: dict[str, Any], results: list[dict[str, Any]], *
         (folder / "results" / f"{r['arm']}-{r['seed']}.json").write_text(json.dumps(r))
     if teacher := more.pop("teacher", None):
         (folder / "results" / "teacher.json").write_text(json.dumps(teacher))
-    (folder / "comparison.yaml").write_text(yaml.safe_dump({"arms": arms, **more}, sort_keys=False))
+    (folder / "comparison.yaml").write_text(yaml.safe_dump({"task": "detect", "arms": arms, **more}, sort_keys=False))
     return write_summary(folder)
 
 

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 from ultralytics import RTDETR, YOLO
 from ultralytics.nn.tasks import load_checkpoint, torch_safe_load, yaml_model_load
-from ultralytics.utils import SETTINGS
-from ultralytics.utils.checks import check_model_file_from_stem, check_yolov5u_filename
-from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
+from ultralytics.utils.checks import check_model_file_from_stem
 
 from yolo_cwd.config import ConfigError, first_line, refused_as, unusable_model
+from yolo_cwd.run.refusal import is_obtainable
 
 ANOTHER = "give an existing .pt checkpoint of a YOLO model"
 TRUST = "or if you trust the origin of this one, trust_teacher=True"
@@ -37,16 +36,6 @@ def load_model(path: str, argument: str, trust: bool) -> nn.Module:
         raise ConfigError(f"{argument}: the suffix {suffix} is none of .pt, .yaml; give a checkpoint or a model file")
     with refused_as(lambda error: _refusal(argument, error, trust)):
         return _checkpoint(path, argument, trust) if suffix == ".pt" else _untrained(path)
-
-
-def is_obtainable(checkpoint: str | Path) -> bool:
-    """Return whether a checkpoint is there, or one that Ultralytics downloads.
-
-    For any other name Ultralytics asks the network all the same, and waits for a minute where there is none.
-    """
-    name = check_yolov5u_filename(check_model_file_from_stem(str(checkpoint).strip()), verbose=False)
-    here = Path(name).exists() or (Path(SETTINGS["weights_dir"]) / name).exists()
-    return here or name.lower().startswith(("http:/", "https:/")) or Path(name).name in GITHUB_ASSETS_NAMES
 
 
 def _checkpoint(path: str, argument: str, trust: bool) -> nn.Module:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from yolo_cwd.config import ConfigError
+from yolo_cwd.tasks import count_classes
 
 
 class KeepsShape:
@@ -51,7 +52,7 @@ def is_pruned(weights: nn.Module, rebuilt: nn.Module) -> bool:
     return any(
         theirs.get(name, value.shape) != value.shape
         for name, value in weights.state_dict().items()
-        if not name.startswith(head) or classes(weights) == classes(rebuilt)
+        if not name.startswith(head) or count_classes(weights) == count_classes(rebuilt)
     )
 
 
@@ -67,14 +68,10 @@ def keep_pruned_shape(weights: nn.Module, rebuilt: nn.Module, student: Any, data
     Raises:
         ConfigError: If its number of classes is not the data's: without a description, no new head can be built.
     """
-    if classes(weights) != classes(rebuilt):
+    own, needed = count_classes(weights), count_classes(rebuilt)
+    if own != needed:
         raise ConfigError(
-            f"student={student}: a pruned checkpoint keeps its shape and its {classes(weights)} classes, data={data} "
-            f"has {classes(rebuilt)}; fine-tune it to the data's classes before you prune it"
+            f"student={student}: a pruned checkpoint keeps its shape and its {own} classes, data={data} has {needed}; "
+            "fine-tune it to the data's classes before you prune it"
         )
     return deepcopy(weights).float().requires_grad_(True).train()
-
-
-def classes(model: nn.Module) -> int:
-    """Return the number of classes of a model's head; 0 if it has none."""
-    return int(getattr(model.model[-1], "nc", 0))  # type: ignore[index]

@@ -19,8 +19,6 @@ from typing import Any
 from ultralytics.engine import trainer as ultralytics_trainer
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_cwd.run.shared import SharedChange
-
 PATIENCE = 2.0  # seconds to wait until a reader closes a file: Windows refuses to replace an open one
 CHECKPOINTS = ".unfinished"  # the folder in which checkpoints are written
 LEFTOVER = re.compile(r"\.[^.]+\.pt\.\d+")  # a checkpoint or state of ours that a kill has kept from its name
@@ -145,7 +143,9 @@ class _Aside:
         return str(self.file)
 
 
-def _strip_whole() -> Callable[[], None]:
+@contextmanager
+def atomic_strip() -> Iterator[None]:
+    """Let Ultralytics, which strips finished checkpoints in place, strip them so that they are never torn."""
     strip = ultralytics_trainer.strip_optimizer
 
     def strip_whole(file: Path, s: str = "", updates: dict[str, Any] | None = None) -> Any:
@@ -153,15 +153,11 @@ def _strip_whole() -> Callable[[], None]:
             shutil.copyfile(file, unfinished)
             return strip(_Aside(unfinished, file), s, updates)
 
-    def undo() -> None:
-        ultralytics_trainer.strip_optimizer = strip
-
     ultralytics_trainer.strip_optimizer = strip_whole
-    return undo
-
-
-# Lets Ultralytics, which strips finished checkpoints in place, strip them so that they are never torn.
-atomic_strip = SharedChange(_strip_whole)
+    try:
+        yield
+    finally:
+        ultralytics_trainer.strip_optimizer = strip
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -13,6 +13,7 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, RANK, colorstr
 
 from yolo_cwd.config import ConfigError, listed
+from yolo_cwd.tasks import count_classes
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def require_fit(model: nn.Module, content: Mapping[str, Any], names: Mapping[int
     shapes = {name: tuple(value.shape) for name, value in begun.state_dict().items()}
     other = [n for n, value in model.state_dict().items() if shapes.get(n, tuple(value.shape)) != tuple(value.shape)]
     if other:
-        here, there = _classes(model), _classes(begun)
+        here, there = count_classes(model), count_classes(begun)
         change = f"has {here} classes, the training began with {there}"
         if here == there:
             change = f"needs another model than the training began with, such as {other[0]} of another shape"
@@ -82,10 +83,6 @@ def require_fit(model: nn.Module, content: Mapping[str, Any], names: Mapping[int
         LOGGER.warning(
             f"{colorstr('CWD:')} data={data}: has other names than the training began with: {listed(changed)}"
         )
-
-
-def _classes(model: Any) -> int:
-    return int(getattr(model.model[-1], "nc", 0))
 
 
 def _content(checkpoint: Path) -> dict[str, Any]:

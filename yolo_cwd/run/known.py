@@ -21,19 +21,6 @@ VALUES_OF_BOX = 5
 VALUES_OF_OUTLINE = 7  # the fewest: a class and three points
 
 
-def classes_of(data: Mapping[str, Any], args: Any, task: Task) -> list[str]:
-    """Return the names of the classes that a training learns.
-
-    Args:
-        data: The data set as Ultralytics resolves it, without `single_cls`.
-        args: The arguments of the training.
-        task: The student's task.
-    """
-    if task.name == "semantic":
-        data = add_polygon_background({**data})
-    return [name for i, name in sorted(data["names"].items()) if is_trained(i, args)]
-
-
 def lacking(teacher: Mapping[int, str], data: Mapping[str, Any], args: Any, task: Task) -> list[str]:
     """Return the trained classes of the data that a teacher does not know; without classes, as for depth, none.
 
@@ -46,7 +33,8 @@ def lacking(teacher: Mapping[int, str], data: Mapping[str, Any], args: Any, task
     known = set(teacher.values())
     if task.name == "depth" or (args.single_cls and known == set(ITEM.values())):
         return []
-    return [name for name in classes_of(data, args, task) if name not in known]
+    classes = (add_polygon_background({**data}) if task.name == "semantic" else data)["names"]
+    return [name for i, name in sorted(classes.items()) if is_trained(i, args) and name not in known]
 
 
 def data_with_classes(args: Any) -> dict[str, Any]:

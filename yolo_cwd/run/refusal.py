@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ultralytics.utils import SETTINGS
+from ultralytics.utils.checks import check_model_file_from_stem, check_yolov5u_filename
+from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
+
 from yolo_cwd.config import ConfigError, first_line, unusable_data, unusable_model
-from yolo_cwd.method.checkpoint import is_obtainable
 
 PLACES = {"get_dataset": "data", "get_dataloader": "data", "setup_model": "model"}  # what each function works on
 PACKAGES = {"modelopt": "nvidia-modelopt"}  # where the name of a module is not that of its package
@@ -45,6 +48,16 @@ def refusal(error: BaseException, arguments: Mapping[str, Any]) -> ConfigError:
         package = PACKAGES.get(str(error.name), error.name)
         return ConfigError(f"{what}: needs the package {package}, which is not installed; pip install {package}")
     return ConfigError(first_line(error))
+
+
+def is_obtainable(checkpoint: str | Path) -> bool:
+    """Return whether a checkpoint is there, or one that Ultralytics downloads.
+
+    For any other name Ultralytics asks the network all the same, and waits for a minute where there is none.
+    """
+    name = check_yolov5u_filename(check_model_file_from_stem(str(checkpoint).strip()), verbose=False)
+    here = Path(name).exists() or (Path(SETTINGS["weights_dir"]) / name).exists()
+    return here or name.lower().startswith(("http:/", "https:/")) or Path(name).name in GITHUB_ASSETS_NAMES
 
 
 def require_models(arguments: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ run in the same folder is refused.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yolo_cwd.config import WEIGHT_COLUMN, ConfigError
+from yolo_cwd.config import ConfigError
 from yolo_cwd.run.files import content_of, remove_leftovers, write_atomic
 from yolo_cwd.run.interrupted import is_finished, read_checkpoint
 
@@ -70,7 +69,7 @@ class RunState:
         adapters: nn.Module,
         optimizer: torch.optim.Optimizer,
         measured: Mapping[str, Any],
-        checkpoint: str = "",
+        checkpoint: str,
     ) -> None:
         """Keep the state at the end of an epoch, and forget all but the last few.
 
@@ -191,10 +190,7 @@ def load_state(checkpoint: Path) -> RunState:
 
 def _read(file: Path, checkpoint: Path) -> RunState:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        rest = (content.get(name) for name in ("start", "teacher", "score", "first_time"))
-        start, teacher, score, first_time = rest
-        return RunState(content["options"], content["epochs"], start, teacher or "", score, first_time)
+        return RunState(**torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:
         raise ConfigError(
             f"resume={checkpoint}: {FILE} cannot be read, it is torn or no state of a run; 'yolo train resume' "
@@ -208,27 +204,11 @@ def _adapters_of(checkpoint: Path, content: Mapping[str, Any], state: RunState) 
     Raises:
         ConfigError: If the checkpoint is of another run.
     """
-    table = content.get("train_results") or {}
-    if any("checkpoint" in saved for saved in state.epochs.values()):
-        digest = content_of(checkpoint)
-        own = {epoch: saved for epoch, saved in state.epochs.items() if saved.get("checkpoint") == digest}
-        began = _first(table.get("time"))
-        is_ours = bool(own) or (began is not None and began == state.first_time)
-    else:  # written by a release without digests: what its checkpoint has of our columns tells as much
-        distilled = isinstance(weight := _last(table.get(WEIGHT_COLUMN)), int | float) and not math.isnan(weight)
-        own = {epoch: saved for epoch, saved in state.epochs.items() if distilled and epoch == content["epoch"]}
-        is_ours = WEIGHT_COLUMN in table
-    if not is_ours:
+    digest, times = content_of(checkpoint), (content.get("train_results") or {}).get("time")
+    own = {epoch: saved for epoch, saved in state.epochs.items() if saved["checkpoint"] == digest}
+    if not own and not (times and times[0] == state.first_time):
         raise ConfigError(
             f"resume={checkpoint}: is of another run than {FILE} beside it, which an earlier one has left; "
             "'yolo train resume' continues it as it began, without a teacher"
         )
     return own
-
-
-def _first(column: Any) -> Any:
-    return column[0] if column else None
-
-
-def _last(column: Any) -> Any:
-    return column[-1] if column else None

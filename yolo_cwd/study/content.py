@@ -21,9 +21,9 @@ from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 
 from yolo_cwd import __version__
 from yolo_cwd.config import Settings, model_path, split_options
-from yolo_cwd.method.checkpoint import is_obtainable
 from yolo_cwd.pool.images import list_images
 from yolo_cwd.run.files import content_of
+from yolo_cwd.run.refusal import is_obtainable
 from yolo_cwd.run.request import data_of
 from yolo_cwd.run.teacher_record import content_of_model, images_of, labels_of
 from yolo_cwd.study.comparison import Comparison

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from yolo_cwd.config import refused_as
 from yolo_cwd.method.prepare import choose_precision
 from yolo_cwd.method.student import keeping_shape
 from yolo_cwd.run.refusal import refusal, require_models
-from yolo_cwd.run.shared import SharedChange
 from yolo_cwd.tasks import Task
 from yolo_cwd.trainer import CWDTrainer
 
@@ -59,20 +58,17 @@ class DistilledDryRun(NoCallbacks, CWDTrainer):
             choose_precision(self.distillation.teacher, self.settings.teacher_dtype, dataset, self.device)
 
 
-def _be_silent() -> Callable[[], None]:
-    level, stdout = LOGGER.level, sys.stdout
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep Ultralytics from reporting a training that never happens."""
+    level = LOGGER.level
     LOGGER.setLevel("ERROR")
-    sys.stdout = sys.stderr  # progress bars are not findings
-
-    def undo() -> None:
+    try:
+        with redirect_stdout(sys.stderr):  # progress bars are not findings
+            yield
+    finally:
         LOGGER.setLevel(level)
-        sys.stdout = stdout
         unset_deterministic()
-
-    return undo
-
-
-silence = SharedChange(_be_silent)  # Ultralytics would report a training that never happens
 
 
 @contextmanager

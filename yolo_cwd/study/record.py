@@ -19,7 +19,8 @@ from yolo_cwd.study.comparison import Comparison
 from yolo_cwd.study.content import versions
 from yolo_cwd.study.summary import RECORD
 
-PARTS = {"teacher": str, "split": str, "seeds": list, "arguments": dict, "arms": dict}  # what every record has
+PARTS = {"task": str, "teacher": str, "split": str, "seeds": list, "arguments": dict, "arms": dict}
+PARTS |= {"content": dict, "versions": dict}  # what every record has
 
 
 def joined(comparison: Comparison, content: dict[str, str], complete: bool = False) -> dict[str, Any]:
@@ -41,13 +42,13 @@ def joined(comparison: Comparison, content: dict[str, str], complete: bool = Fal
     folder = f"folder={comparison.folder}"
     if differing := _differences(ours, theirs):
         raise ConfigError(f"{folder}: holds a comparison with other {', '.join(differing)}; give another folder=")
-    known = theirs.get("content", {})
+    known = theirs["content"]
     if changed := [name for name, value in content.items() if known.get(name, value) != value]:
         raise ConfigError(
             f"{folder}: the files have changed since its comparison began: {listed(changed)}; give another folder=, or "
             "put back what they were"
         )
-    begun_with = theirs.get("versions", ours["versions"])
+    begun_with = theirs["versions"]
     if not complete and begun_with != ours["versions"]:
         before, now = (" and ".join(f"{name} {v}" for name, v in of.items()) for of in (begun_with, ours["versions"]))
         raise ConfigError(

@@ -141,7 +141,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
     """
     record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
     against = {name: options["against"] for name, options in record["arms"].items() if "against" in options}
-    task = TASKS[record.get("task", "detect")]
+    task = TASKS[record["task"]]
     _, teacher = of_teacher(folder)
     return {"comparison": record, **summarize(list(record["arms"]), teacher, of_runs(folder), against, task)}
 

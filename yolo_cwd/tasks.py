@@ -11,9 +11,9 @@ from torch import nn
 from ultralytics.models import yolo
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import guess_model_task, load_checkpoint, yaml_model_load
-from ultralytics.utils import LOGGER, colorstr
 
 from yolo_cwd.config import ConfigError
+from yolo_cwd.log import warn
 
 OTHER_TRAINERS = {  # heads whose models Ultralytics trains with a trainer other than their task's
     "RTDETRDecoder": "RT-DETR",
@@ -108,7 +108,7 @@ def task_of_student(student: Any, asked: str | None = None) -> Task:
     if name not in TASKS:
         raise ConfigError(f"task={name}: has no pyramid to distill; give a model for {', '.join(TASKS)}")
     if asked and asked != name:
-        LOGGER.warning(f"{colorstr('CWD:')} task={asked}: {student} is a model for task={name}, and is trained for it")
+        warn(f"task={asked}: {student} is a model for task={name}, and is trained for it")
     return TASKS[name]
 
 

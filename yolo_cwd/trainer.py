@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import nn
 from ultralytics.cfg import get_cfg
-from ultralytics.utils import DEFAULT_CFG_DICT, LOCAL_RANK, LOGGER, RANK, colorstr
+from ultralytics.utils import DEFAULT_CFG_DICT, LOCAL_RANK, RANK
 from ultralytics.utils.torch_utils import autocast, unwrap_model
 
 from yolo_cwd import bccd
 from yolo_cwd.config import refused_as, unusable_data
+from yolo_cwd.log import warn
 from yolo_cwd.method import columns
 from yolo_cwd.method.distillation import Distillation
 from yolo_cwd.method.fpn import hooks_set_aside
@@ -249,9 +250,9 @@ class CWDTrainer(KeepsShape, WholeRun):
         self._fit_or_restore()
         if self.resume and self.distillation.is_on:
             if not self.state.measured:
-                LOGGER.warning(f"{colorstr('CWD:')} {ANEW.format(checkpoint=self.args.resume, file=STATE_FILE)}")
+                warn(ANEW.format(checkpoint=self.args.resume, file=STATE_FILE))
             elif self.state.teacher not in {"", teacher.content}:
-                LOGGER.warning(f"{colorstr('CWD:')} {teacher.argument}: {OTHER_TEACHER}")
+                warn(f"{teacher.argument}: {OTHER_TEACHER}")
         begun_with = unwrap_model(self.model).yaml.get("yaml_file") if self.resume else self.args.model
         begun_with = self.state.options.get("student") or str(begun_with)
         strides = [level.stride for level in self.distillation.levels]

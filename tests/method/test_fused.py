@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_divergence import maps
 from torch import Tensor, nn
+from ultralytics.utils import LOGGER
 
 from yolo_cwd.method import fused, parts
 from yolo_cwd.method.fpn import Level
@@ -232,7 +233,7 @@ def test_a_trial_that_fails_costs_one_line(
 
     warnings: list[str] = []
     monkeypatch.setattr(fused, "trial", run)
-    monkeypatch.setattr(fused.LOGGER, "warning", warnings.append)
+    monkeypatch.setattr(LOGGER, "warning", warnings.append)
     assert not fused.usable(gpu)
     (warning,) = warnings
     assert reason in warning

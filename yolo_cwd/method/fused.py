@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from ultralytics.utils import LOGGER, colorstr
 
 from yolo_cwd.config import first_line
+from yolo_cwd.log import warn
 from yolo_cwd.method.divergence import log_distribution, require_equal_shapes
 
 SWITCH = "YOLO_CWD_KERNEL"  # an environment variable
@@ -64,7 +64,7 @@ def usable(device: torch.device) -> bool:
         if error <= MAX_ERROR:
             return True
         reason = f"differs by {error:.2g} from the plain one"
-    LOGGER.warning(f"{colorstr('CWD:')} the divergence's kernel is not used on {device}: {reason[:150]}")
+    warn(f"the divergence's kernel is not used on {device}: {reason[:150]}")
     return False
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ultralytics.utils import LOGGER, colorstr
-
 from yolo_cwd.config import ConfigError, listed
+from yolo_cwd.log import warn
 from yolo_cwd.method.loss import CWDLoss
 
 GUARDED_BATCHES = 3  # after as many, a training that is not taught stops
@@ -50,13 +49,11 @@ class DistillationGuard:
             )
         if not criterion.has_gradient:
             if _may_thaw(trainer):
-                LOGGER.warning(f"{colorstr('CWD:')} {teacher} {UNREACHED}")
+                warn(f"{teacher} {UNREACHED}")
                 return
             raise ConfigError(f"freeze={trainer.args.freeze}: {teacher} cannot reach the student; freeze fewer layers")
         if unmeasured := criterion.unmeasured:
-            LOGGER.warning(
-                f"{colorstr('CWD:')} {listed(unmeasured)}: nothing is taught so far, no gradient arrives there"
-            )
+            warn(f"{listed(unmeasured)}: nothing is taught so far, no gradient arrives there")
         skipped = self._skipped + int(criterion.skipped_terms)
         if skipped == criterion.batches_distilled * len(criterion.terms):
             raise ConfigError(f"{teacher}: teaches nothing, since no divergence so far is finite; give amp=False")
@@ -68,7 +65,7 @@ class DistillationGuard:
     def report_skipped_terms(self, trainer: Any) -> None:
         """Warn of terms that were not finite in this epoch."""
         if skipped := int(self._criterion.skipped_terms):
-            LOGGER.warning(f"{colorstr('CWD:')} {skipped} terms of this epoch were not finite and have been left out")
+            warn(f"{skipped} terms of this epoch were not finite and have been left out")
             self._criterion.skipped_terms = 0
             self._skipped += skipped
 

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from ultralytics.data.utils import IMG_FORMATS
-from ultralytics.utils import TQDM, colorstr
+from ultralytics.utils import TQDM
 from ultralytics.utils.patches import imread
 
 from yolo_cwd.config import ConfigError, Settings, exists
+from yolo_cwd.log import PREFIX
 from yolo_cwd.run.files import content_of
 
 HELD_OUT = ("val", "test", "minival")  # splits of the data that no training may see
@@ -264,4 +265,4 @@ def evenly(images: Sequence[Path], most: int) -> list[Path]:
 
 def with_progress(results: Iterable[Any], total: int, doing: str) -> list[Any]:
     """Return a list of results that are being worked on, and show the progress."""
-    return list(TQDM(results, total=total, desc=f"{colorstr('CWD:')} {doing}")) if total else []
+    return list(TQDM(results, total=total, desc=f"{PREFIX} {doing}")) if total else []

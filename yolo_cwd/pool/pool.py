@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from ultralytics import YOLO
 from ultralytics.data.utils import img2label_paths
-from ultralytics.utils import LOGGER, colorstr
 
 from yolo_cwd import bccd
 from yolo_cwd.config import ConfigError, Settings, exists, listed
+from yolo_cwd.log import say, warn
 from yolo_cwd.pool.complete import LabeledImages, classes_to_add, labeled_images, refuse_incompletable
 from yolo_cwd.pool.format import are_outlined, classes_by_name, data_like, format_of, refuse_polygons
 from yolo_cwd.pool.images import (
@@ -213,10 +213,10 @@ class Labeler:
         plan = Plan(self._read_teacher(), self.settings, self.args, folder, form)
         asked = f"{self._argument}={abbreviated(self.settings)}"
         pool = _made_once(folder, asked, lambda: self._list_pool(plan, others))
-        LOGGER.info(f"{colorstr('CWD:')} {pool.summary.describe()}; in {pool.folder}")
+        say(f"{pool.summary.describe()}; in {pool.folder}")
         if pool.summary.left_out:
-            say = LOGGER.warning if pool.summary.scored_on else LOGGER.info
-            say(f"{colorstr('CWD:')} images of {self._argument}= that are left out: {pool.summary.left_out}")
+            tell = warn if pool.summary.scored_on else say
+            tell(f"images of {self._argument}= that are left out: {pool.summary.left_out}")
         return pool
 
     def _list_pool(self, plan: Plan, others: Sequence[str]) -> Path:
@@ -243,9 +243,9 @@ class Labeler:
         decisive = self.task.name, sorted(data["names"].items()), data.get("kpt_shape")
         folder = folder_for("completed", self.settings, self.args, *decisive)
         completed = _made_once(folder, "complete_labels=True", lambda: self._list_completed(folder))
-        LOGGER.info(f"{colorstr('CWD:')} {completed.summary.describe_completed()}; in {folder}")
+        say(f"{completed.summary.describe_completed()}; in {folder}")
         for warning in completed.summary.warnings:
-            LOGGER.warning(f"{colorstr('CWD:')} {warning}")
+            warn(warning)
         return completed
 
     def _list_completed(self, folder: Path) -> Path:

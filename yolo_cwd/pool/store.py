@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 from ultralytics import YOLO
-from ultralytics.utils import LOCAL_RANK, LOGGER, TQDM, colorstr
+from ultralytics.utils import TQDM
 
 from yolo_cwd.config import ConfigError, Settings
+from yolo_cwd.log import PREFIX, say, warn
 from yolo_cwd.pool.images import fingerprint, identity, is_cut_off
 from yolo_cwd.pool.labels import NO_LABELS, ExistingLabels, LabelFormat, label_of
 from yolo_cwd.pool.teacher import file_of, predictions
@@ -118,8 +119,7 @@ def _alone(folder: Path, argument: str) -> Iterator[None]:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=1)
         except Timeout:
-            if LOCAL_RANK in {-1, 0}:
-                LOGGER.info(f"{colorstr('CWD:')} waiting for another process that prepares such images")
+            say("waiting for another process that prepares such images")
         except OSError as error:
             raise _unwritable(error, argument, folder) from error
     if not lock.is_locked:
@@ -143,16 +143,14 @@ def label_images(plan: Plan, images: Sequence[Path]) -> list[dict[str, Any]]:
         (plan.folder / part).mkdir(parents=True, exist_ok=True)
     if missing:
         done = f", {len(images) - len(missing)} are done" if len(missing) < len(images) else ""
-        LOGGER.info(
-            f"{colorstr('CWD:')} {plan.settings.teacher} labels {len(missing)} images{done}, into {plan.folder}"
-        )
+        say(f"{plan.settings.teacher} labels {len(missing)} images{done}, into {plan.folder}")
         try:
             _write_labels(plan, {image: names[image] for image in missing})
         except KeyboardInterrupt as interrupt:
             raise type(interrupt)("labeling is interrupted; run the same command again to continue") from None
     records = {image: _record(plan.folder, name) for image, name in names.items()}
     if lost := sum(record is None for record in records.values()):
-        LOGGER.warning(f"{colorstr('CWD:')} {lost} images to label cannot be read, and are left out")
+        warn(f"{lost} images to label cannot be read, and are left out")
     return [record for image in images if (record := records[image])]
 
 
@@ -161,7 +159,7 @@ def _write_labels(plan: Plan, names: Mapping[Path, str]) -> None:
 
     The teacher sees each image under its new name, since its own may be one that Ultralytics takes for a pattern.
     """
-    bar = TQDM(total=len(names), desc=f"{colorstr('CWD:')} labeling")
+    bar = TQDM(total=len(names), desc=f"{PREFIX} labeling")
     writing: deque[Future[None]] = deque()
     with closing(bar), ThreadPoolExecutor(WRITERS) as writers:
         linked = writers.map(lambda image: _link(image, plan.folder, names[image]), names)

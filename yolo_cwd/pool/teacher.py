@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from ultralytics import YOLO
 from ultralytics.data.utils import exif_size
-from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, colorstr
+from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK
 from ultralytics.utils.checks import check_model_file_from_stem
 from ultralytics.utils.downloads import attempt_download_asset
 from ultralytics.utils.torch_utils import parse_device
 
 from yolo_cwd.config import ConfigError, Settings
+from yolo_cwd.log import warn
 from yolo_cwd.pool.images import READERS
 from yolo_cwd.tasks import Task
 
@@ -87,8 +88,8 @@ def predictions(
                 crowded += not task.has_maps and len(result) >= MOST_OBJECTS
                 yield sources[result.path], result
     if crowded:
-        LOGGER.warning(
-            f"{colorstr('CWD:')} {crowded} images may have more than {MOST_OBJECTS:,} objects; the rest of them counts "
+        warn(
+            f"{crowded} images may have more than {MOST_OBJECTS:,} objects; the rest of them counts "
             "as background: cut such images into smaller ones"
         )
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ultralytics.engine import trainer as ultralytics_trainer
-from ultralytics.utils import LOGGER, colorstr
+
+from yolo_cwd.log import warn
 
 PATIENCE = 2.0  # seconds to wait until a reader closes a file: Windows refuses to replace an open one
 CHECKPOINTS = ".unfinished"  # the folder in which checkpoints are written
@@ -105,9 +106,7 @@ def _flush(descriptor: int, file: Path) -> None:
 
 @cache
 def _warn_of_refused_flush(folder: str, reason: str) -> None:
-    LOGGER.warning(
-        f"{colorstr('CWD:')} {folder}: files cannot be flushed to the disk ({reason}); a power cut may tear them"
-    )
+    warn(f"{folder}: files cannot be flushed to the disk ({reason}); a power cut may tear them")
 
 
 @contextmanager

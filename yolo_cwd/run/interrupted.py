@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 from ultralytics.nn.tasks import load_checkpoint
-from ultralytics.utils import LOGGER, RANK, colorstr
 
 from yolo_cwd.config import ConfigError, listed
+from yolo_cwd.log import warn
 from yolo_cwd.tasks import count_classes
 
 
@@ -79,10 +79,8 @@ def require_fit(model: nn.Module, content: Mapping[str, Any], names: Mapping[int
             f"data={data}: {change}; resume with the data as they were, or begin a new run from {file.name}"
         )
     changed = [f"{begun.names[i]} is {name}" for i, name in names.items() if begun.names.get(i, name) != name]
-    if changed and RANK in {-1, 0}:
-        LOGGER.warning(
-            f"{colorstr('CWD:')} data={data}: has other names than the training began with: {listed(changed)}"
-        )
+    if changed:
+        warn(f"data={data}: has other names than the training began with: {listed(changed)}")
 
 
 def _content(checkpoint: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from ultralytics.cfg import _handle_deprecation, cfg2dict, get_cfg, get_save_dir
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import load_checkpoint
-from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK, colorstr
+from ultralytics.utils import DEFAULT_CFG_DICT, RANK
 from ultralytics.utils.files import get_latest_run
 from ultralytics.utils.torch_utils import parse_device
 
@@ -29,6 +29,7 @@ from yolo_cwd.config import (
     split_options,
     unusable_data,
 )
+from yolo_cwd.log import warn
 from yolo_cwd.run import teacher_record
 from yolo_cwd.run.distributed import WORLD_SIZE
 from yolo_cwd.run.state import RunState, load_state
@@ -79,7 +80,7 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
     """
     below, overrides, goes_on, ignored = teacher_record.taken_up(_below(cfg), overrides)
     if ignored:
-        LOGGER.warning(f"{colorstr('CWD:')} a resumed run keeps its arguments; ignored: {', '.join(ignored)}")
+        warn(f"a resumed run keeps its arguments; ignored: {', '.join(ignored)}")
     options, arguments = split_options(overrides)
     base = split_options(below)[1]
     options = split_options(merge(below, overrides))[0]
@@ -215,7 +216,7 @@ def _options_of_resumed_run(state: RunState, given: dict[str, Any]) -> dict[str,
     may_change = REPLACEABLE | ({"unlabeled"} if kept.get("unlabeled") else set())  # the images may have moved
     replaced = {name: value for name, value in given.items() if name in may_change and value}
     if ignored := sorted(n for n in given.keys() - replaced.keys() if given[n] != kept.get(n)):
-        LOGGER.warning(f"{colorstr('CWD:')} a resumed run keeps its options; ignored: {', '.join(ignored)}")
+        warn(f"a resumed run keeps its options; ignored: {', '.join(ignored)}")
     kept.update(replaced)
     return kept
 
@@ -282,7 +283,7 @@ def _warn_of_idle(options: Mapping[str, Any], settings: Settings) -> None:
         if name in options and options[name] != OPTIONS[name].default and not is_there(settings)
     ]
     if idle:
-        LOGGER.warning(f"{colorstr('CWD:')} options without effect: {'; '.join(idle)}")
+        warn(f"options without effect: {'; '.join(idle)}")
 
 
 def _go_on_or_begin(arguments: dict[str, Any]) -> dict[str, Any]:

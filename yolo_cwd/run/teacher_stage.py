@@ -21,10 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from ultralytics.utils import DEFAULT_CFG_DICT, LOCAL_RANK, LOGGER, RANK, colorstr
+from ultralytics.utils import DEFAULT_CFG_DICT, LOCAL_RANK, RANK
 from ultralytics.utils.torch_utils import init_seeds
 
 from yolo_cwd.config import ConfigError, Settings, listed
+from yolo_cwd.log import say, warn
 from yolo_cwd.run import teacher_record
 from yolo_cwd.run.distributed import barrier, broadcast_object, failed_children
 from yolo_cwd.run.files import atomic_checkpoints, atomic_path, remove_leftovers, write_atomic
@@ -109,7 +110,7 @@ class TeacherStage:
 
     def announce(self, save_dir: Path | str, student_epochs: int) -> None:
         """Say what will happen, before anything is trained."""
-        _say(
+        say(
             f"{self.reason()}, so it is trained on the data first: {self.epochs} epochs for the teacher, into "
             f"{Path(save_dir) / FOLDER}, then {student_epochs} for the student under its best weights "
             "(teacher_epochs sets the first number; 0 takes the teacher as it is)"
@@ -169,7 +170,7 @@ class TeacherStage:
         key = teacher_record.key_of(self.teacher, self.data, self.arguments(args))
         ours = teacher_record.read(self.folder)
         if ours and ours.complete and (ours.key == key or self.goes_on) and ours.weights.is_file():
-            _say(USED.format(folder=self.folder))
+            say(USED.format(folder=self.folder))
             return True, None
         goes_on = ours is not None and not ours.complete and (ours.key == key or self.goes_on) and ours.last.is_file()
         record = Record(self.folder, key, False, self.argument, {}, {})
@@ -183,7 +184,7 @@ class TeacherStage:
         shutil.rmtree(self.folder, ignore_errors=True)
         if other := self._elsewhere(key):
             _copy(other, record)
-            _say(USED.format(folder=other.folder))
+            say(USED.format(folder=other.folder))
             return True, None
         record.write()
         if not isinstance(self.teacher, str | Path):
@@ -271,7 +272,7 @@ def planned(
     given = options.get("teacher_epochs")
     if not lacks:
         if settings.teacher_epochs:
-            _warn(WITHOUT_EFFECT.format(epochs=given, argument=teacher.argument))
+            warn(WITHOUT_EFFECT.format(epochs=given, argument=teacher.argument))
         return None, settings
     own, why_not = trainable_task(teacher.body, teacher.head)
     if not isinstance(settings.teacher, str | Path) and _is_fused(settings.teacher):
@@ -279,7 +280,7 @@ def planned(
     if own is None or settings.teacher_epochs == 0:
         reason = f"{why_not} and " if own is None else ""
         settings = settings.for_unknowing_teacher(options)
-        _warn(f"{teacher.argument} {reason}{AS_IT_IS.format(lacks=listed(lacks), share=settings.describe_schedule())}")
+        warn(f"{teacher.argument} {reason}{AS_IT_IS.format(lacks=listed(lacks), share=settings.describe_schedule())}")
         return None, settings
     require_labels(own, task, data, args.data, teacher.argument, listed(lacks))
     epochs = args.epochs if settings.teacher_epochs is None else settings.teacher_epochs
@@ -318,12 +319,12 @@ def _left_of(record: Record) -> tuple[bool, Path | None] | None:
     with suppress(ConfigError):
         if is_finished(read_checkpoint(record.last)):  # it was interrupted in its last validation
             record._replace(complete=True).write()
-            _say(USED.format(folder=record.folder))
+            say(USED.format(folder=record.folder))
             return True, None
     usable = newest_usable(record.last.parent.glob("*.pt"))
     if usable != record.last:
         remedy = f"goes on from {usable}" if usable else "begins again"
-        _warn(f"{record.last} cannot be read; the teacher's training {remedy}")
+        warn(f"{record.last} cannot be read; the teacher's training {remedy}")
     if usable is None:
         return None
     record.write()
@@ -378,13 +379,3 @@ def time_left(args: Any, begin: float) -> float:
     """
     left: float = broadcast_object(max(args.time - (time.monotonic() - begin) / 3600, LEAST_TIME))
     return left
-
-
-def _say(sentence: str) -> None:
-    if RANK in {-1, 0}:
-        LOGGER.info(f"{colorstr('CWD:')} {sentence}")
-
-
-def _warn(sentence: str) -> None:
-    if RANK in {-1, 0}:
-        LOGGER.warning(f"{colorstr('CWD:')} {sentence}")

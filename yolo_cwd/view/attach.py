@@ -6,8 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ultralytics.utils import LOGGER, RANK, YAML, colorstr
+from ultralytics.utils import RANK, YAML
 
+from yolo_cwd.log import say, warn
 from yolo_cwd.view import plots, report, teacher_score
 
 UNTRAINED = "a model file has random weights, and teaches nothing; give a checkpoint, such as yolov8l.pt"
@@ -33,7 +34,7 @@ def announce(trainer: Any) -> None:
     student, teacher = Path(trainer.state.options["student"]).stem, trainer.distillation.teacher
     _say(trainer, report.beginning(student, trainer))
     if trainer.settings.cwd and Path(teacher.label).suffix in {".yaml", ".yml"}:
-        LOGGER.warning(f"{colorstr('CWD:')} {teacher.argument}: {UNTRAINED}")
+        warn(f"{teacher.argument}: {UNTRAINED}")
     if missing := report.without_labels(trainer):
         _say(trainer, missing)
     YAML.save(trainer.save_dir / "cwd.yaml", {**trainer.state.options, "teacher": teacher.label})
@@ -50,4 +51,4 @@ def conclude(trainer: Any) -> None:
 
 def _say(trainer: Any, sentence: str) -> None:
     if trainer.args.verbose:
-        LOGGER.info(f"{colorstr('CWD:')} {sentence}")
+        say(sentence)

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from ultralytics.data.augment import LetterBox
-from ultralytics.utils import LOGGER, colorstr, plt_settings
+from ultralytics.utils import plt_settings
 
+from yolo_cwd.log import warn
 from yolo_cwd.method.divergence import log_distribution
 from yolo_cwd.method.fpn import head_inputs
 from yolo_cwd.method.terms import LevelTerm
@@ -62,7 +63,7 @@ def never_fatal(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        LOGGER.warning(f"{colorstr('CWD:')} no {what}: {type(error).__name__}: {error}")
+        warn(f"no {what}: {type(error).__name__}: {error}")
 
 
 def channel_divergences(student: Tensor, teacher: Tensor, tau: float) -> Tensor:

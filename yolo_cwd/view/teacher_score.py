@@ -15,8 +15,9 @@ from typing import Any
 
 from ultralytics import YOLO
 from ultralytics.nn.tasks import BaseModel
-from ultralytics.utils import LOGGER, RANK, colorstr
+from ultralytics.utils import RANK
 
+from yolo_cwd.log import say
 from yolo_cwd.run.random_state import random_numbers_untouched
 from yolo_cwd.run.results import read_rows
 from yolo_cwd.run.score import score
@@ -39,7 +40,7 @@ def find(trainer: Any) -> None:
         sentence = f"the teacher has no score here: {why_not}"
         if trainer.state.score is not None:
             sentence = f"the teacher scores {_points(trainer.state.score, trainer.task.score)} on the validation images"
-        trainer.add_callback("on_train_start", lambda _: _say(sentence))  # after what is distilled
+        trainer.add_callback("on_train_start", lambda _: say(sentence))  # after what is distilled
 
 
 def watch(trainer: Any) -> None:
@@ -51,7 +52,7 @@ def watch(trainer: Any) -> None:
     better = [bool(row.get(measure.column)) and measure.sign * (row[measure.column] - teacher) > 0 for row in rows]
     if rows and rows[-1]["epoch"] == trainer.epoch + 1 and better[-1] and not any(better[:-1]):
         student = _points(rows[-1][measure.column], measure)
-        _say(f"epoch {trainer.epoch + 1}: the student has overtaken its teacher, with {student} to {100 * teacher:.1f}")
+        say(f"epoch {trainer.epoch + 1}: the student has overtaken its teacher, with {student} to {100 * teacher:.1f}")
 
 
 def difference(student: Sequence[float], teacher: float | None, measure: Score) -> str:
@@ -115,7 +116,3 @@ def _alone() -> Iterator[None]:
     finally:
         for module, name, value in kept:
             setattr(module, name, value)
-
-
-def _say(sentence: str) -> None:
-    LOGGER.info(f"{colorstr('CWD:')} {sentence}")

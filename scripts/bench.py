@@ -9,8 +9,7 @@
     python scripts/bench.py report=1                     # and report=2: all that a GPU can tell, in limited time
 
 Parts: `machine`; `loss` alone; `teacher` alone; `step`, plain, built-in and ours in turns; `count`, of fake tensors.
-Those of bench_gpu.py, by name only: `fused`, `profile`, `syncs`, `memory`, `variants`, `compiled`, `amp`, `processes`,
-`resume`, `tests`.
+Those of bench_gpu.py, by name only: `profile`, `syncs`, `memory`, `amp`, `processes`, `resume`, `tests`.
 Each finding is printed and written at once, as a line of JSON at the end of the file `out`: by default `bench.jsonl` in
 the folder $OUT. So a run that is cut off has kept what it found. Models by name have random weights, which cost what
 trained ones cost. Nothing is downloaded.
@@ -67,7 +66,7 @@ atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 FAKE = FakeTensorMode()
 DEVICE = "0" if torch.cuda.is_available() else "cpu"
 DEFAULTS = {"part": "all", "teacher": "yolov8l", "student": "yolov8n", "imgsz": 640, "batch": "16,64", "repeats": 15}
-DEFAULTS |= {"report": "", "steps": 200, "backend": "inductor"}  # what bench_gpu.py asks for
+DEFAULTS |= {"report": "", "steps": 200}  # what bench_gpu.py asks for
 DEFAULTS |= {"device": DEVICE, "out": os.environ.get("OUT", ".") + "/bench.jsonl"}
 MAPS = {8: 256, 16: 512, 32: 512}  # channels by stride, of the loss alone: YOLOv8l's
 OPTIONS = {"teacher_epochs": 0, "adapter": "conv", "schedule": "constant"}  # a fit beforehand leaves a step as it is
@@ -88,19 +87,22 @@ def machine(words: Words, say: Say) -> None:
 
 def loss(words: Words, say: Say) -> None:
     """Compare the divergence and its gradient with float64, and time both for all levels beside plain autograd."""
+    kinds = {"autograd": partial(with_gradient, by_autograd), "ours": partial(with_gradient, channel_wise_divergence)}
+    if fused.usable(words["device"]):
+        kinds["kernel"] = by_kernel
     for name, dtype in DTYPES.items():
         some = [(3 * torch.randn(2, 64, 40, 40)).to(dtype) for _ in "st"]
         exact = with_gradient(by_autograd, *(m.double() for m in some))
-        found = with_gradient(channel_wise_divergence, *(m.to(words["device"]) for m in some))
-        errors = (float((f.cpu().double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True))
-        say(f"{name}, against float64", **dict(zip(("error", "error of gradient"), errors, strict=True)))
+        for kind, function in kinds.items():
+            found = function(*(m.to(words["device"]) for m in some))
+            errors = (float((f.cpu().double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True))
+            say(f"{name}, {kind}, against float64", **dict(zip(("error", "error of gradient"), errors, strict=True)))
         for batch in words["batch"]:
             shapes = [(batch, channels, words["imgsz"] // s, words["imgsz"] // s) for s, channels in MAPS.items()]
             sides = [[torch.randn(s, device=words["device"]).to(dtype) for _ in "st"] for s in shapes]
-            kinds = {"autograd": by_autograd, "ours": channel_wise_divergence}
-            arms = {k: lambda f=f, sides=sides: [with_gradient(f, *pair) for pair in sides] for k, f in kinds.items()}
-            for kind, found in timed(arms, words).items():
-                say(f"{name}, batch {batch}, {kind}", **found)
+            arms = {k: lambda f=f, sides=sides: [f(*pair) for pair in sides] for k, f in kinds.items()}
+            for kind, times in timed(arms, words).items():
+                say(f"{name}, batch {batch}, {kind}", **times)
 
 
 def by_autograd(student: Tensor, teacher: Tensor) -> Tensor:
@@ -114,6 +116,14 @@ def with_gradient(function: Callable[..., Tensor], student: Tensor, teacher: Ten
     """Return a divergence and its gradient at the student's maps."""
     value = function(leaf := student.detach().requires_grad_(), teacher)
     return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+def by_kernel(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the kernel makes of maps [N, C, H, W]: the divergence, and its gradient in their precision."""
+    s, t = student.flatten(2), teacher.flatten(2)
+    scale = fused.scale_of(s.shape[2])
+    value = fused.divergence_(s, t, derivative := torch.empty_like(s), 1.0, scale)
+    return value, derivative.float().view_as(student) / (student.shape[:2].numel() * scale)
 
 
 def teacher(words: Words, say: Say) -> None:

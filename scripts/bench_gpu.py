@@ -2,7 +2,7 @@
 """What only a GPU can tell of a distilled step: parts of bench.py, and two reports of all parts within a time limit.
 
     python scripts/bench.py report=1                     # the loss, steps, where their time goes, the teacher
-    python scripts/bench.py report=2                     # compilation, mixed precision, NCCL, resuming, the tests
+    python scripts/bench.py report=2                     # mixed precision, NCCL, resuming, the tests
 
 Each report takes at most `WHOLE` seconds. It runs its parts in processes of their own, each within a limit, and ends
 those that exceed it; what they have found until then is kept. All of it also runs on a CPU, where it says less.
@@ -21,7 +21,6 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,51 +35,19 @@ from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 from ultralytics.utils.dist import find_free_network_port
 
-from yolo_cwd import CWDLoss, CWDTrainer, channel_wise_divergence
-from yolo_cwd.method import fused as kernels
-from yolo_cwd.method.teacher import DTYPES
+from yolo_cwd import CWDLoss, CWDTrainer
 
 WHOLE = 270  # seconds of a report
 BEGIN = 15  # of them to begin and to end
 REPORTS = {  # the parts of each report that share a process, and its seconds
-    "1": {"machine,loss,fused": 45, "step": 75, "profile,syncs,memory": 75, "teacher": 30, "variants": 30},
-    "2": {"compiled": 75, "amp": 35, "processes": 50, "resume": 30, "tests": 65},
+    "1": {"machine,loss": 45, "step": 75, "profile,syncs,memory": 75, "teacher": 30},
+    "2": {"amp": 35, "processes": 50, "resume": 30, "tests": 65},
 }
 PROFILED = 3  # steps under the profiler
 PREFIX = "part: "  # of our marks in a trace
 LAUNCHES, WORK = {"cuda_runtime", "cuda_driver"}, {"kernel", "gpu_memcpy", "gpu_memset"}  # categories in a trace
 ROOT = Path(__file__).parents[1]
 RUNS = bench.FOLDER / "trained"
-
-
-def fused(words: Words, say: Say) -> None:
-    """Compare the divergence's kernel with the plain divergence: errors against float64, and times."""
-    kinds = {"plain": partial(bench.with_gradient, channel_wise_divergence)}
-    if kernels.usable(torch.device(words["device"])):
-        kinds["kernel"] = by_kernel
-    else:
-        say("kernel", failed="none runs here")
-    for name, dtype in DTYPES.items():
-        some = [(3 * torch.randn(2, 64, 40, 40)).to(dtype) for _ in "st"]
-        exact = bench.with_gradient(bench.by_autograd, *(m.double() for m in some))
-        for kind, function in kinds.items():
-            found = function(*(m.to(words["device"]) for m in some))
-            errors = [float((f.cpu().double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)]
-            say(f"{name}, {kind}, against float64", error=errors[0], error_of_gradient=errors[1])
-        for batch in words["batch"]:
-            shapes = [(batch, c, words["imgsz"] // s, words["imgsz"] // s) for s, c in bench.MAPS.items()]
-            sides = [[torch.randn(shape, device=words["device"]).to(dtype) for _ in "st"] for shape in shapes]
-            arms = {k: lambda f=f, sides=sides: [f(*pair) for pair in sides] for k, f in kinds.items()}
-            for kind, times in bench.timed(arms, words).items():
-                say(f"{name}, batch {batch}, {kind}", **times)
-
-
-def by_kernel(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the kernel makes of maps [N, C, H, W]: the divergence, and its gradient in their precision."""
-    s, t = student.flatten(2), teacher.flatten(2)
-    scale = kernels.scale_of(s.shape[2])
-    value = kernels.divergence_(s, t, derivative := torch.empty_like(s), 1.0, scale)
-    return value, derivative.float().view_as(student) / (student.shape[:2].numel() * scale)
 
 
 def profile_(words: Words, say: Say) -> None:
@@ -269,74 +236,6 @@ def peak(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
     return {name: read(device) / 2**20 for name, read in found.items()}
 
 
-def ready_teacher(words: Words) -> tuple[Any, Any, Tensor]:
-    """Return a student, its teacher in the precision that it chooses, and an image, all on the device."""
-    student, distillation = bench.distilled(words)
-    teacher = distillation.teacher
-    teacher.place(words["device"])
-    image = torch.rand(1, 3, words["imgsz"], words["imgsz"], device=words["device"])
-    teacher.calibrate("auto", image)
-    return student.to(words["device"]), teacher, image
-
-
-def variants(words: Words, say: Say) -> None:
-    """Time the teacher otherwise than the product runs it: its memory order, and a stream of its own."""
-    device, (student, teacher, image) = words["device"], ready_teacher(words)
-    dtype = DTYPES[teacher.precision.name]
-    plain = deepcopy(teacher.body).to(memory_format=torch.contiguous_format)
-    for batch in words["batch"]:
-        images = image.repeat(batch, 1, 1, 1)
-        ready = images.to(dtype)
-        kinds = {"as it is": partial(teacher.maps, images), "not channels-last": partial(quietly, plain, ready)}
-        for kind, found in bench.timed(kinds, words).items():
-            say(f"{kind}, batch {batch}", **found, runs=teacher.precision.name)
-        streams = {"before the student": None}
-        streams |= {"in a stream of its own": torch.cuda.Stream(device)} if device.type == "cuda" else {}
-        kinds = {kind: partial(beside, student, teacher, images, stream) for kind, stream in streams.items()}
-        for kind, found in bench.timed(kinds, words).items():
-            say(f"{kind}, batch {batch}", **found)
-
-
-def compiled(words: Words, say: Say) -> None:
-    """Time the teacher compiled, and the compilation."""
-    _, teacher, image = ready_teacher(words)
-    body = torch.compile(teacher.body, backend=words["backend"])
-    for batch in words["batch"]:
-        ready = image.repeat(batch, 1, 1, 1).to(DTYPES[teacher.precision.name], memory_format=torch.channels_last)
-        begin = time.perf_counter()
-        quietly(body, ready)
-        seconds = time.perf_counter() - begin
-        kinds = {"not compiled": partial(quietly, teacher.body, ready), "compiled": partial(quietly, body, ready)}
-        for kind, found in bench.timed(kinds, words).items():
-            say(f"{kind}, batch {batch}", **found, seconds_to_compile=seconds)
-
-
-def quietly(network: Callable[[Tensor], Any], images: Tensor) -> Any:
-    """Run a network without a gradient."""
-    with torch.no_grad():
-        return network(images)
-
-
-def beside(student: Any, teacher: Any, images: Tensor, stream: Any) -> None:
-    """Run the teacher, and the student forward and backward; the teacher beside the latter's forward, in a stream."""
-    with torch.autocast(images.device.type, torch.float16, enabled=images.is_cuda):
-        if stream is None:
-            teacher.maps(images)
-            preds = student(images)
-        else:
-            current = torch.cuda.current_stream(images.device)
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                maps = teacher.maps(images)
-            preds = student(images)
-            current.wait_stream(stream)
-            for m in maps.pyramid:
-                m.record_stream(current)
-        loss, _ = bench.stand_in(preds, {"img": images})
-    loss.sum().backward()
-    student.zero_grad()
-
-
 def amp(words: Words, say: Say) -> None:
     """Take many steps in mixed precision, and say the loss scale, the terms left out, and the shares on the way."""
     trainer, raw = bench.set_up("ours", words, words["batch"][0])
@@ -487,5 +386,5 @@ def end(process: subprocess.Popen[bytes]) -> int:
     return process.wait()
 
 
-PARTS = {"fused": fused, "profile": profile_, "syncs": syncs, "memory": memory, "variants": variants}
-PARTS |= {"compiled": compiled, "amp": amp, "processes": processes, "resume": resume, "tests": tests}
+PARTS = {"profile": profile_, "syncs": syncs, "memory": memory, "amp": amp}
+PARTS |= {"processes": processes, "resume": resume, "tests": tests}

@@ -110,7 +110,7 @@ def test_ours_on_paper(run: Run) -> None:
 def test_the_loss_is_exact_and_timed_beside_autograd(run: Run) -> None:
     found = run("part=loss")
     for name, bound in {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}.items():
-        exact = found[f"{name}, against float64"]
+        exact = found[f"{name}, ours, against float64"]
         assert exact["error"] < 1e-5
         assert exact["error of gradient"] < bound
         assert found[f"{name}, batch 2, ours"]["of autograd"] > 0

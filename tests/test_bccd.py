@@ -83,6 +83,13 @@ def test_a_training_takes_it_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert trainer.stage is None, "the teacher knows the data"
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"data=bccd: cannot write .*; set XDG_CACHE_HOME to a folder of yours$"):
+        bccd.resolve("bccd")
+
+
 def test_other_tasks_and_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ConfigError, match=r"^data=bccd: has boxes alone, not the labels of task=pose; give other"):

@@ -92,7 +92,7 @@ def test_options_are_read_where_they_are_shipped(
     folder.mkdir(parents=True)
     (folder / "default.yaml").write_bytes("# größer\na: null # first # of two\nb: [1] # größer\n".encode())
     monkeypatch.setattr(config, "__file__", str(tmp_path / "yolo_cwd" / "config.py"))
-    first, second = Option("a", None, "first # of two"), Option("b", [1], "größer")
+    first, second = Option(None, "first # of two"), Option([1], "größer")
     assert config._read_options() == {"a": first, "b": second}
 
 
@@ -139,12 +139,12 @@ def test_shares_under_a_teacher_that_does_not_know_the_data(
 
 ENDS = {  # of the line that refuses a number
     "cwd": "must be balanced or a number at least 0, such as cwd=100.0",
-    "share": "must be auto or a number at least 0, such as share=100.0",
-    "class_share": "must be auto or a number at least 0, such as class_share=100.0",
+    "share": "must be auto or a number at least 0, such as share=1.0",
+    "class_share": "must be auto or a number at least 0, such as class_share=1.0",
     "tau": "must be a number above 0, such as tau=1.0",
     "cwd_final": "must be a number at least 0 and at most 1, such as cwd_final=0.0",
     "pool_conf": "must be a number at least 0 and at most 1, such as pool_conf=0.3",
-    "pool_ratio": "must be a number above 0, such as pool_ratio=100.0",
+    "pool_ratio": "must be a number above 0, such as pool_ratio=4.0",
     "level_weights": "must be a number at least 0, such as level_weights=1.0",
 }
 

@@ -495,5 +495,5 @@ def _stride(item: Any) -> int | None:
 
 
 def _example(name: str) -> float:
-    default = OPTIONS[name].default
-    return default if isinstance(default, int | float) else 100.0
+    default = {"cwd": 100.0, "pool_ratio": 4.0}.get(name, OPTIONS[name].default)
+    return default if isinstance(default, int | float) else 1.0

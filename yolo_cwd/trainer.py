@@ -29,7 +29,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOCAL_RANK, RANK
 from ultralytics.utils.torch_utils import autocast, unwrap_model
 
 from yolo_cwd import bccd
-from yolo_cwd.config import refused_as, unusable_data
+from yolo_cwd.config import ConfigError, refused_as, unusable_data
 from yolo_cwd.log import warn
 from yolo_cwd.method import columns
 from yolo_cwd.method.distillation import Distillation
@@ -240,10 +240,10 @@ class CWDTrainer(KeepsShape, WholeRun):
             self._prepare()
         self.add_callback("on_train_epoch_start", CWDTrainer._begin_epoch)
         assert self.distillation.criterion is not None
-        guard = DistillationGuard(self.distillation.criterion, self.distillation.teacher.argument)
-        self.add_callback("on_train_batch_end", guard.require)
+        self.guard = DistillationGuard(self.distillation.criterion, self.distillation.teacher.argument)
+        self.add_callback("on_train_batch_end", CWDTrainer._require_taught)
         self.add_callback("on_train_epoch_end", CWDTrainer._end_epoch)
-        self.add_callback("on_train_epoch_end", guard.report_skipped_terms)
+        self.add_callback("on_train_epoch_end", self.guard.report_skipped_terms)
 
     def _prepare(self) -> None:
         teacher = self.distillation.teacher
@@ -284,6 +284,13 @@ class CWDTrainer(KeepsShape, WholeRun):
         self.args.cache, self.args.workers = kept
         while True:
             yield from map(super().preprocess_batch, loader)
+
+    def _require_taught(self) -> None:
+        try:
+            self.guard.require(self)
+        except ConfigError:
+            self.folder.remove()
+            raise
 
     def _begin_epoch(self) -> None:
         self.distillation.begin_epoch(self.epoch, self.epochs)

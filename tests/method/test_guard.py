@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,9 +34,11 @@ def test_a_subclass_that_prepares_batches_alone(data: str, tmp_path: Any) -> Non
         Guest(overrides={**TAUGHT, **SHORT, "data": data, "project": str(tmp_path), "epochs": 3}).train()
 
 
-def test_layers_that_are_frozen_keep_the_teacher_out(train: Train) -> None:
+@pytest.mark.parametrize("options", [{}, {"cwd": "balanced", "class_share": 0.0}], ids=["fixed", "balanced"])
+def test_layers_that_are_frozen_keep_the_teacher_out(train: Train, tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"freeze=5: teacher=.* cannot reach the student; freeze fewer layers"):
-        train(epochs=3, freeze=5)
+        train(epochs=3, freeze=5, **options)
+    assert not list(tmp_path.rglob("runs")), "bad input leaves nothing behind"
 
 
 def test_layers_that_are_thawed_later_are_taught_from_then_on(train: Train, said: Callable[[], str]) -> None:

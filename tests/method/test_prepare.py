@@ -94,6 +94,7 @@ def test_half_a_batch_is_the_batch_of_half_of_the_images(kind: str) -> None:
 def test_as_many_masks_as_images_are_not_parted() -> None:
     batch = YOLODataset.collate_fn([sample(1, seed, "masks") for seed in range(4)])
     assert len(some_images(batch)["img"]) == 4
+    assert [len(some_images({"img": torch.zeros(n, 3, 8, 8)})["img"]) for n in (1, 2, 3, 5)] == [1, 2, 2, 3]
 
 
 @pytest.mark.parametrize(("images", "measured"), [(64, 16), (8, 4), (1, 1)])

@@ -266,6 +266,13 @@ def test_where_every_checkpoint_is_torn_the_run_begins_again(train: Train, tmp_p
     assert newest_usable(last.parent.glob("*.pt")) is None
 
 
+def test_of_two_checkpoints_of_an_epoch_the_last_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = {"epoch": 3, "optimizer": {}, "train_args": {"epochs": 9}}
+    monkeypatch.setattr("yolo_cwd.run.interrupted._content", lambda file: content)
+    files = [tmp_path / "best.pt", tmp_path / "last.pt"]
+    assert newest_usable(files) == newest_usable(reversed(files)) == tmp_path / "last.pt"
+
+
 def test_a_teachers_torn_checkpoint_is_replaced_by_another(
     staged: Train, tmp_path: Path, said: Callable[[], str]
 ) -> None:

@@ -257,14 +257,16 @@ def test_a_checkpoint_without_a_state(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_state(checkpoint(tmp_path))
     assert str(error.value) == (
-        f"resume={tmp_path / 'last.pt'}: has no cwd.pt beside it: the training is finished, or it had no teacher; "
-        "'yolo train resume' continues without one"
+        f"resume={tmp_path / 'last.pt'}: has no cwd.pt beside it, so it had no teacher; 'yolo train resume' continues "
+        "it without one"
     )
 
 
-def test_a_finished_training_has_no_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [False, True])
+def test_a_finished_training_has_no_state(left: bool, tmp_path: Path) -> None:
     file = checkpoint(tmp_path, epoch=2)
-    saved(tmp_path)
+    if left:
+        saved(tmp_path)
     with pytest.raises(ConfigError) as error:
         load_state(file)
     assert str(error.value) == (

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import SHORT, TAUGHT, TEACHER, Payload
+from conftest import SHORT, STUDENT, TAUGHT, TEACHER, Payload
 from processes import Started
 from test_trainer import TERMS, rows
 from torch import nn
@@ -82,6 +82,14 @@ def test_one_command_begins_a_named_run_and_goes_on_with_it(train: Train, tmp_pa
     assert [row["epoch"] for row in rows(trainer)] == [1, 2, 3]
     with pytest.raises(ConfigError, match="the training is finished"):
         train(name="run", epochs=3, resume=True)
+    assert [run.name for run in last.parents[2].iterdir()] == ["run"]
+
+
+def test_a_command_that_names_a_checkpoint_goes_on_with_that(train: Train, tmp_path: Path) -> None:
+    """Whatever else stands in the command that began the run."""
+    last = interrupted(train, tmp_path, 1, epochs=2)
+    trainer = train(model=str(last), resume=True, student=STUDENT, name="another", epochs=2)
+    assert (trainer.start_epoch, trainer.last) == (1, last)
     assert [run.name for run in last.parents[2].iterdir()] == ["run"]
 
 
@@ -210,7 +218,7 @@ def test_states_that_cannot_be_used(train: Train, tmp_path: Path, kind: str) -> 
         torch.save({"options": Payload(marker), "epochs": {}}, file)
     else:
         file.write_bytes(file.read_bytes()[:1000])
-    message = "the training is finished, or it had no teacher" if kind == "finished" else "cwd.pt cannot be read"
+    message = "the training is finished; for more epochs, begin" if kind == "finished" else "cwd.pt cannot be read"
     with pytest.raises(ConfigError, match=message) as error:
         resume(last)
     assert "\n" not in str(error.value)

@@ -466,7 +466,12 @@ def test_check_counts_both_stages(models: dict[str, str], data: str, tmp_path: P
 
 
 def test_a_comparison_trains_the_teacher_once(
-    models: dict[str, str], data: str, tmp_path: Path, trained: list[TeacherTrainer], capsys: Any
+    models: dict[str, str],
+    data: str,
+    tmp_path: Path,
+    trained: list[TeacherTrainer],
+    capsys: Any,
+    said: Callable[[], str],
 ) -> None:
     words = {k: v for k, v in SHORT.items() if k not in {"model", "val"}}
     words |= {"teacher": models["teacher"], "student": models["model"], "data": data, "seeds": 1, "teacher_epochs": 2}
@@ -480,6 +485,7 @@ def test_a_comparison_trains_the_teacher_once(
     assert as_it_is["teacher"] == models["teacher"]
     assert summary["teacher_time"] > 0
     assert re.search(r"^teacher .*x$", capsys.readouterr().out, re.MULTILINE)
+    assert "has no effect" not in said()
     compare.run({**words, "seeds": 2, "arms": "cwd"})
     assert len(trained) == 1
     with pytest.raises(ConfigError, match="teacher of a comparison"):

@@ -22,6 +22,7 @@ from yolo_cwd.study.arms import parse_arms
         ("cwd:levels=P3", [("cwd_levels=P3", "cwd", {"levels": "P3"})]),
         ("cwd20:cwd=20,main:tau=2", [("cwd20", "cwd", {"cwd": 20}), ("main", "cwd", {"tau": 2})]),
         ("plain2:nbs=16,cdw:nbs=8", [("plain2", "plain", {"nbs": 16}), ("cdw", "cwd", {"nbs": 8})]),
+        ("plain,cwd:student=a.yaml", [("plain", "plain", {}), ("cwd_student=a.yaml", "cwd", {"model": "a.yaml"})]),
         ("builtin-3:dis=3", [("builtin-3", "builtin", {"dis": 3})]),
         ("plain-ish:method=cwd,tau=2", [("plain-ish", "cwd", {"tau": 2})]),
         (

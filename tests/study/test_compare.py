@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import STUDENT
+from conftest import STUDENT, bare
 from processes import CONTEXT
 from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
@@ -38,6 +38,22 @@ def words(data: str, checkpoints: Path, tmp_path: Path) -> dict[str, Any]:
         "folder": folder,
         **SHORT,
     }
+
+
+def test_the_built_in_arm_waits_for_a_teacher_from_a_description(
+    words: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ultralytics' own distillation takes none: it is trained first, or the arm is refused."""
+    content = yaml.safe_load(Path(words["data"]).read_text())
+    words["data"] = str(tmp_path / "letters.yaml")  # classes that no model has by default
+    Path(words["data"]).write_text(yaml.safe_dump({**content, "names": dict(enumerate("abcdefghij"))}))
+    words |= {"teacher": bare("yolov8s.yaml"), "arms": "plain,builtin"}
+    with pytest.raises(ConfigError, match=r"is not trained, .* takes a \.pt; leave arm builtin out$"):
+        compare.run(words)
+    assert not Path(words["folder"]).exists()
+    monkeypatch.setattr(compare, "claim", lambda *_: pytest.exit("rehearsed"))
+    with pytest.raises(pytest.exit.Exception, match="rehearsed"):
+        compare.run({**words, "teacher_epochs": 1})
 
 
 def test_seeds() -> None:

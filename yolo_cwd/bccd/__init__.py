@@ -15,6 +15,7 @@ import yaml
 
 from yolo_cwd.config import ConfigError
 from yolo_cwd.run.files import build_once, cache_folder, content_of
+from yolo_cwd.run.refusal import unwritable
 
 NAME = "bccd"
 TASK = "detect"
@@ -41,13 +42,16 @@ def resolve(data: Any, task: str = TASK) -> Any:
     """Return the argument `data` unchanged, or for `bccd` the path of its YAML file, unpacked if needed.
 
     Raises:
-        ConfigError: If `bccd` has no labels for the task.
+        ConfigError: If `bccd` has no labels for the task, or if it cannot be unpacked.
     """
     if data != NAME:
         return data
     if task != TASK:
         raise ConfigError(f"data={NAME}: has boxes alone, not the labels of task={task}; give other data")
-    return str(build())
+    try:
+        return str(build())
+    except OSError as error:
+        raise unwritable(error, "data", NAME, "set XDG_CACHE_HOME to a folder of yours") from error
 
 
 def _unpack(folder: Path, final: Path) -> None:

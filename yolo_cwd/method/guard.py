@@ -35,7 +35,7 @@ class DistillationGuard:
         Raises:
             ConfigError: If no divergence was computed, reached the student, or was finite and above 0 with a weight.
         """
-        criterion, teacher = self._criterion, self._teacher
+        criterion, teacher, tau = self._criterion, self._teacher, trainer.settings.tau
         self._batches += 1
         if not criterion.weight or self._judged or self._batches < GUARDED_BATCHES:
             return
@@ -56,9 +56,10 @@ class DistillationGuard:
             warn(f"{listed(unmeasured)}: nothing is taught so far, no gradient arrives there")
         skipped = self._skipped + int(criterion.skipped_terms)
         if skipped == criterion.batches_distilled * len(criterion.terms):
-            raise ConfigError(f"{teacher}: teaches nothing, since no divergence so far is finite; give amp=False")
+            given, remedy = (teacher, "amp=False") if trainer.amp or tau == 1 else (f"tau={tau:g}", "tau=1")
+            raise ConfigError(f"{given}: teaches nothing, since no divergence so far is finite; give {remedy}")
         if not skipped and not any(criterion.columns["nats"].values()):
-            tau, size = trainer.settings.tau, trainer.args.imgsz
+            size = trainer.args.imgsz
             given, remedy = (f"tau={tau:g}", "tau=1") if tau > 1 else (f"imgsz={size}", "a larger one, or finer levels")
             raise ConfigError(f"{given}: {teacher} teaches nothing, every divergence is 0; use {remedy}")
 

@@ -137,7 +137,7 @@ def measure(
 
 
 def some_images(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return half of a batch, and at most `MOST_IMAGES`, for a measurement that must fit wherever a step does.
+    """Return half of a batch, at least 2 and at most `MOST_IMAGES`, for a measurement that must fit as a step does.
 
     A measurement keeps the whole graph of a student that is not compiled, and that may need more memory than a step.
 
@@ -145,7 +145,7 @@ def some_images(batch: dict[str, Any]) -> dict[str, Any]:
         batch: Ultralytics' batch, with images [N, 3, H, W] and their labels.
     """
     images, index = len(batch["img"]), batch.get("batch_idx")
-    count = min((images + 1) // 2, MOST_IMAGES)
+    count = min(max((images + 1) // 2, 2), MOST_IMAGES)  # batch normalization needs two where a map has one position
     masks = batch.get("masks")
     if masks is not None and index is not None and len(masks) == len(index) == images:
         return batch  # a mask each for images, or for objects
@@ -162,8 +162,10 @@ def _squares(task: Tensor, divergences: Sequence[Tensor], maps: Sequence[Tensor]
     """Return the squared norms [K, 2] of the gradients that the task's loss and each divergence send to its maps."""
     known = [(i, m) for i, m in enumerate(maps) if m.requires_grad]
     options: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
-    of_task = torch.autograd.grad(task * scale, [m for _, m in known], **options)
     squares = torch.zeros(len(maps), 2, device=task.device)
+    if not known:
+        return squares
+    of_task = torch.autograd.grad(task * scale, [m for _, m in known], **options)
     for (i, m), of_map in zip(known, of_task, strict=True):
         (of_ours,) = torch.autograd.grad(divergences[i] * scale, m, **options)
         squares[i] = squared_norms(of_map, of_ours) / scale**2

@@ -43,10 +43,14 @@ class RunFolder:
         try:
             yield
         except BaseException:
-            if self.made:
-                run, *parents = self.made
-                shutil.rmtree(run, ignore_errors=True)
-                for folder in parents:
-                    if folder.exists() and not any(folder.iterdir()):
-                        folder.rmdir()
+            self.remove()
             raise
+
+    def remove(self) -> None:
+        """Remove what has been made."""
+        if self.made:
+            run, *parents = self.made
+            shutil.rmtree(run, ignore_errors=True)
+            for folder in parents:
+                if folder.exists() and not any(folder.iterdir()):
+                    folder.rmdir()

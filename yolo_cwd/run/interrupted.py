@@ -49,7 +49,7 @@ def newest_usable(checkpoints: Iterable[Path]) -> Path | None:
                 epochs[file] = content["epoch"]
         except Exception:
             continue
-    return max(epochs, key=lambda file: epochs[file], default=None)
+    return max(epochs, key=lambda file: (epochs[file], file.name == "last.pt"), default=None)
 
 
 def require_fit(model: nn.Module, content: Mapping[str, Any], names: Mapping[int, str], data: Any, file: Path) -> None:

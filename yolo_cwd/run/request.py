@@ -89,9 +89,9 @@ def read(cfg: Any, overrides: dict[str, Any]) -> Request:
 
     base = {**DEFAULT_CFG_DICT, **base}
     student, model = options.pop("student", None), arguments.get("model")
-    if arguments.get("resume") is True and arguments.get("name") and options.get("teacher"):
+    if teacher_record.goes_by_name({**arguments, **options, "student": student}):
         arguments |= _go_on_or_begin(base | arguments)
-    checkpoint = checkpoint_to_resume(arguments.get("resume", base["resume"]), student or model or base["model"])
+    checkpoint = checkpoint_to_resume(arguments.get("resume", base["resume"]), model or student or base["model"])
     if checkpoint:
         arguments["resume"] = arguments["model"] = str(checkpoint)
         if checkpoint.parent.name == "weights":  # where the run is now; the checkpoint has where it was
@@ -128,7 +128,7 @@ def task_of(cfg: Any, overrides: dict[str, Any]) -> Task:
     given = merge(below, overrides)
     student = given.get("student") or given.get("model")
     if resume := given.get("resume"):
-        student = resume if isinstance(resume, str | Path) else student or get_latest_run()
+        student = resume if isinstance(resume, str | Path) else given.get("model") or student or get_latest_run()
     if not student:  # `read` says what is missing
         return ALL[0]
     named = model_path("student", student) if isinstance(student, str | Path) else student

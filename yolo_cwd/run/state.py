@@ -170,19 +170,18 @@ def load_state(checkpoint: Path) -> RunState:
         ConfigError: If there is none, if one of both cannot be read, or if the checkpoint is finished or of another
             run.
     """
-    file = checkpoint.parent / FILE
-    if not file.is_file():
-        raise ConfigError(
-            f"resume={checkpoint}: has no {FILE} beside it: the training is finished, or it had no teacher; "
-            f"'yolo train resume' continues without one"
-        )
-    remove_leftovers(checkpoint.parent)
-    content = read_checkpoint(checkpoint)
+    file, content = checkpoint.parent / FILE, read_checkpoint(checkpoint)
     if is_finished(content):
         file.unlink(missing_ok=True)  # left by a kill in the last validation
         raise ConfigError(
             f"resume={checkpoint}: the training is finished; for more epochs, begin a new run from best.pt beside it"
         )
+    if not file.is_file():
+        raise ConfigError(
+            f"resume={checkpoint}: has no {FILE} beside it, so it had no teacher; 'yolo train resume' continues it "
+            "without one"
+        )
+    remove_leftovers(checkpoint.parent)
     state = _read(file, checkpoint)
     state.epochs = _adapters_of(checkpoint, content, state)
     return state

@@ -26,6 +26,7 @@ from ultralytics.utils.files import get_latest_run
 
 from yolo_cwd.config import ConfigError, read_yaml, split_options
 from yolo_cwd.run.files import content_of, write_atomic
+from yolo_cwd.run.state import FILE as STATE
 
 FOLDER, FILE = "teacher", "cwd.yaml"
 OBJECT = "start.pt"  # a teacher that was given as an object
@@ -155,6 +156,15 @@ def of_checkpoint(checkpoint: Path) -> Record | None:
     return read(place[1])
 
 
+def goes_by_name(given: Mapping[str, Any]) -> bool:
+    """Return whether a request starts or continues the run of a name, unless it names a checkpoint to resume from."""
+    if given.get("resume") is not True or not given.get("name") or not given.get("teacher"):
+        return False
+    named = given.get("model") or given.get("student")
+    file = Path(named) if isinstance(named, str | Path) else None
+    return not (file and (file.with_name(STATE).is_file() or of_checkpoint(file)))
+
+
 class TakenUp(NamedTuple):
     """The arguments of a request.
 
@@ -182,9 +192,9 @@ def taken_up(below: dict[str, Any], overrides: dict[str, Any]) -> TakenUp:
     """
     given = {**below, **overrides}
     resume = given.get("resume")
-    if not resume or (resume is True and given.get("name") and given.get("teacher")):
+    if not resume or goes_by_name(given):
         return TakenUp(below, overrides)
-    named = resume if isinstance(resume, str | Path) else given.get("student") or given.get("model") or get_latest_run()
+    named = resume if isinstance(resume, str | Path) else given.get("model") or given.get("student") or get_latest_run()
     record = of_checkpoint(Path(named)) if isinstance(named, str | Path) and named else None
     if record is None:
         return TakenUp(below, overrides)

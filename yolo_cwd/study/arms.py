@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -54,7 +55,7 @@ def parse_arms(value: Any) -> tuple[Arm, ...]:
         ConfigError: If there is no arm, two with the same name, an unknown method, or an option that is unknown or that
             the method ignores.
     """
-    in_file = str(value).endswith((".yaml", ".yml"))
+    in_file = re.fullmatch(r"[^,:]*\.ya?ml", str(value)) or Path(str(value)).is_file()
     sets = _arms_of_file(value) if in_file else _arms_of_words(value)
     arms = tuple(_arm(name, options) for name, options in sets)
     names = [arm.name for arm in arms]

@@ -119,15 +119,23 @@ def rehearse(comparison: Comparison) -> None:
     Raises:
         ConfigError: If one of them, or the teacher, cannot be used.
     """
-    _stage(comparison)
+    stage, _ = _stage(comparison)
     for arm in comparison.arms:
         if all(_done(comparison, arm, seed) for seed in comparison.seeds):
             continue
         method = "" if arm.name == arm.method else f" ({arm.method})"
         LOGGER.info(f"{colorstr('compare:')} checking {arm.name}{method}")
         trainer_class = DistilledDryRun if arm.method == "cwd" else plain_dry_run(comparison.task)
+        words = _overrides(comparison, arm, comparison.seeds[0])
+        if str(words.get("distill_model", "")).endswith((".yaml", ".yml")):
+            if stage is None or "teacher" in arm.arguments:
+                raise ConfigError(
+                    f"teacher={words['distill_model']}: is not trained, and Ultralytics' own distillation takes a .pt; "
+                    f"leave arm {arm.name} out"
+                )
+            del words["distill_model"]  # it is trained first
         with scratch_folder() as folder:
-            trainer = set_up(trainer_class, _overrides(comparison, arm, comparison.seeds[0]), folder)
+            trainer = set_up(trainer_class, words, folder)
             _refuse_own_teacher(arm, trainer)
             del trainer
         gc.collect()
@@ -222,7 +230,8 @@ def _overrides(comparison: Comparison, arm: Arm, seed: int) -> dict[str, Any]:
     words = {**comparison.arguments, **arm.arguments, "teacher": comparison.teacher_of(arm), "seed": seed}
     words |= {"project": str(comparison.folder / "runs"), "name": _name(arm, seed), "exist_ok": True}
     if arm.method == "cwd":
-        return words
+        own = {"teacher_epochs"} if comparison.trained == words["teacher"] else set()  # the teacher has had them
+        return {name: value for name, value in words.items() if name not in own}
     return {**split_options(words)[1], **({"distill_model": words["teacher"]} if arm.method == "builtin" else {})}
 
 

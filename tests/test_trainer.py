@@ -333,7 +333,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], Callable[[CWDTrainer], bool]]] = {
     "batch": ({"batch": 2}, lambda t: len(t.train_loader) == 4),
     "multi_scale": ({"multi_scale": 0.5}, lambda t: t.args.multi_scale == 0.5),
     "rect": ({"rect": True}, lambda t: t.train_loader.dataset.rect),
-    "freeze": ({"freeze": 5}, lambda t: not next(t.model.model[4].parameters()).requires_grad),
+    "freeze": ({"freeze": 3}, lambda t: not next(t.model.model[2].parameters()).requires_grad),
     "nbs": ({"nbs": 8}, lambda t: t.accumulate == 2),
     "single_cls": ({"single_cls": True}, lambda t: t.model.nc == 1),
     "close_mosaic": ({"epochs": 2, "close_mosaic": 1}, lambda t: mosaics(t) == [0.0]),

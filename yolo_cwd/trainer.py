@@ -34,7 +34,7 @@ from yolo_cwd.log import warn
 from yolo_cwd.method import columns
 from yolo_cwd.method.distillation import Distillation
 from yolo_cwd.method.fpn import hooks_set_aside
-from yolo_cwd.method.guard import DistillationGuard
+from yolo_cwd.method.guard import DistillationGuard, require_reachable
 from yolo_cwd.method.student import KeepsShape
 from yolo_cwd.method.teacher import load_teacher
 from yolo_cwd.pool.pool import Labeler, Pool
@@ -247,6 +247,8 @@ class CWDTrainer(KeepsShape, WholeRun):
 
     def _prepare(self) -> None:
         teacher = self.distillation.teacher
+        if self.distillation.is_on:
+            require_reachable(self)
         self._fit_or_restore()
         if self.resume and self.distillation.is_on:
             if not self.state.measured:

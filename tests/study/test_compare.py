@@ -56,6 +56,12 @@ def test_the_built_in_arm_waits_for_a_teacher_from_a_description(
         compare.run({**words, "teacher_epochs": 1})
 
 
+def test_an_arm_that_frozen_layers_keep_from_its_teacher_is_refused_at_once(words: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"freeze=5: teacher=.* cannot reach the student; freeze fewer layers$"):
+        compare.run({**words, "arms": "plain,cwd", "freeze": 5, "class_share": 0})
+    assert not Path(words["folder"]).exists()
+
+
 def test_seeds() -> None:
     assert parse_seeds(3) == (0, 1, 2)
     assert parse_seeds((5, 7)) == (5, 7)

@@ -5,13 +5,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from ultralytics.utils.torch_utils import unwrap_model
+
 from yolo_cwd.config import ConfigError, listed
 from yolo_cwd.log import warn
 from yolo_cwd.method.loss import CWDLoss
+from yolo_cwd.method.terms import LevelTerm
 
 GUARDED_BATCHES = 3  # after as many, a training that is not taught stops
-
+FROZEN = "freeze={freeze}: {teacher} cannot reach the student; freeze fewer layers"
 UNREACHED = "cannot reach the student so far, whose layers are frozen, and teaches nothing until a callback thaws them"
+
+
+def require_reachable(trainer: Any) -> None:
+    """Refuse a training of which frozen layers keep out the teacher from the start, before it takes a step.
+
+    Raises:
+        ConfigError: If all that is compared is frozen, and nobody else's code takes part, which might thaw it.
+    """
+    distillation, body = trainer.distillation, unwrap_model(trainer.model).model[:-1]
+    compared = all(isinstance(term, LevelTerm) for term in distillation.terms)
+    if compared and not any(p.requires_grad for p in body.parameters()) and not _may_thaw(trainer):
+        raise ConfigError(FROZEN.format(freeze=trainer.args.freeze, teacher=distillation.teacher.argument))
 
 
 class DistillationGuard:
@@ -51,7 +66,7 @@ class DistillationGuard:
             if _may_thaw(trainer):
                 warn(f"{teacher} {UNREACHED}")
                 return
-            raise ConfigError(f"freeze={trainer.args.freeze}: {teacher} cannot reach the student; freeze fewer layers")
+            raise ConfigError(FROZEN.format(freeze=trainer.args.freeze, teacher=teacher))
         if unmeasured := criterion.unmeasured:
             warn(f"{listed(unmeasured)}: nothing is taught so far, no gradient arrives there")
         skipped = self._skipped + int(criterion.skipped_terms)

@@ -75,6 +75,7 @@ def _words(folder: Path, task: str, epochs: int) -> list[str]:
     return [
         *new.split(),
         "teacher_epochs=0",
+        "tau=0.01",  # the maps of random weights hardly vary, and every divergence would be 0
         "device=cpu",
         "save_period=3",
         f"project={folder}",

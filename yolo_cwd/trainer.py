@@ -237,6 +237,8 @@ class CWDTrainer(KeepsShape, WholeRun):
             self.label_images()
             super()._setup_train()
             self.distillation.attach(unwrap_model(self.model))
+            if self.distillation.is_on:
+                require_reachable(self)
             self._prepare()
         self.add_callback("on_train_epoch_start", CWDTrainer._begin_epoch)
         assert self.distillation.criterion is not None
@@ -247,8 +249,6 @@ class CWDTrainer(KeepsShape, WholeRun):
 
     def _prepare(self) -> None:
         teacher = self.distillation.teacher
-        if self.distillation.is_on:
-            require_reachable(self)
         self._fit_or_restore()
         if self.resume and self.distillation.is_on:
             if not self.state.measured:

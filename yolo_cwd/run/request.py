@@ -126,9 +126,8 @@ def task_of(cfg: Any, overrides: dict[str, Any]) -> Task:
     """
     below, overrides, *_ = teacher_record.taken_up(_below(cfg), overrides)
     given = merge(below, overrides)
-    student = given.get("student") or given.get("model")
-    if resume := given.get("resume"):
-        student = resume if isinstance(resume, str | Path) else given.get("model") or student or get_latest_run()
+    resumed = given.get("resume")
+    student = teacher_record.named_to_resume(given) if resumed else given.get("student") or given.get("model")
     if not student:  # `read` says what is missing
         return ALL[0]
     named = model_path("student", student) if isinstance(student, str | Path) else student

@@ -161,8 +161,15 @@ def goes_by_name(given: Mapping[str, Any]) -> bool:
     if given.get("resume") is not True or not given.get("name") or not given.get("teacher"):
         return False
     named = given.get("model") or given.get("student")
-    file = Path(named) if isinstance(named, str | Path) else None
-    return not (file and (file.with_name(STATE).is_file() or of_checkpoint(file)))
+    if not named or not isinstance(named, str | Path):
+        return True
+    return not (Path(named).parent / STATE).is_file() and of_checkpoint(Path(named)) is None
+
+
+def named_to_resume(given: Mapping[str, Any]) -> Any:
+    """Return what a request with `resume` goes on from: the checkpoint that it names, or that of the latest run."""
+    resume = given["resume"]
+    return resume if isinstance(resume, str | Path) else given.get("model") or given.get("student") or get_latest_run()
 
 
 class TakenUp(NamedTuple):
@@ -191,10 +198,9 @@ def taken_up(below: dict[str, Any], overrides: dict[str, Any]) -> TakenUp:
         overrides: Those that take precedence.
     """
     given = {**below, **overrides}
-    resume = given.get("resume")
-    if not resume or goes_by_name(given):
+    if not given.get("resume") or goes_by_name(given):
         return TakenUp(below, overrides)
-    named = resume if isinstance(resume, str | Path) else given.get("model") or given.get("student") or get_latest_run()
+    named = named_to_resume(given)
     record = of_checkpoint(Path(named)) if isinstance(named, str | Path) and named else None
     if record is None:
         return TakenUp(below, overrides)

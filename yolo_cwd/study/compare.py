@@ -127,19 +127,31 @@ def rehearse(comparison: Comparison) -> None:
         LOGGER.info(f"{colorstr('compare:')} checking {arm.name}{method}")
         trainer_class = DistilledDryRun if arm.method == "cwd" else plain_dry_run(comparison.task)
         words = _overrides(comparison, arm, comparison.seeds[0])
-        if str(words.get("distill_model", "")).endswith((".yaml", ".yml")):
-            if stage is None or "teacher" in arm.arguments:
-                raise ConfigError(
-                    f"teacher={words['distill_model']}: is not trained, and Ultralytics' own distillation takes a .pt; "
-                    f"leave arm {arm.name} out"
-                )
-            del words["distill_model"]  # it is trained first
+        if _lacks_checkpoint(arm, words, trained_first=stage is not None):
+            del words["distill_model"]
         with scratch_folder() as folder:
             trainer = set_up(trainer_class, words, folder)
             _refuse_own_teacher(arm, trainer)
             del trainer
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _lacks_checkpoint(arm: Arm, words: dict[str, Any], trained_first: bool) -> bool:
+    """Return whether Ultralytics' own distillation has to wait for its teacher, which is a description until trained.
+
+    Raises:
+        ConfigError: If nobody will train it.
+    """
+    teacher = str(words.get("distill_model", ""))
+    if not teacher.endswith((".yaml", ".yml")):
+        return False
+    if not trained_first or "teacher" in arm.arguments:
+        raise ConfigError(
+            f"teacher={teacher}: is not trained, and Ultralytics' own distillation takes a .pt; "
+            f"leave arm {arm.name} out"
+        )
+    return True
 
 
 def _refuse_own_teacher(arm: Arm, trainer: Any) -> None:

@@ -14,7 +14,6 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unset_deterministic
 
 from yolo_cwd.config import refused_as
-from yolo_cwd.method.guard import require_reachable
 from yolo_cwd.method.prepare import choose_precision
 from yolo_cwd.method.student import keeping_shape
 from yolo_cwd.run.refusal import refusal, require_models
@@ -55,7 +54,6 @@ class DistilledDryRun(NoCallbacks, CWDTrainer):
 
     def _prepare(self) -> None:
         if self.distillation.is_on:
-            require_reachable(self)
             dataset = self.test_loader.dataset
             choose_precision(self.distillation.teacher, self.settings.teacher_dtype, dataset, self.device)
 
